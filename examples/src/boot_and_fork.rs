@@ -4,18 +4,16 @@
 //! $ boot-and-fork target/x86_64-unknown-linux-gnu/release/vesta-vmm vmlinux initramfs.cpio
 //! ```
 //!
-//! It needs only a Unix socket, JSON and the head of an HTTP response. Copy it to start from here.
+//! It uses `vesta-client`, whose requests and answers have types. Copy it to start from here.
 
 #![forbid(unsafe_code)]
 
 use std::error::Error;
-use std::io::{Read, Write};
-use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command};
-use std::time::{Duration, Instant};
+use std::process::{Child as Process, Command};
+use std::time::Duration;
 
-use serde_json::{Value, json};
+use vesta_client::{BootSource, Child, ChildOutcome, Client, Fork, MachineConfig};
 
 type Result<T> = std::result::Result<T, Box<dyn Error>>;
 
@@ -43,94 +41,41 @@ fn boot_and_fork(vmm: &Path, kernel: &Path, initrd: &Path, dir: &Path) -> Result
 }
 
 fn drive(socket: &Path, kernel: &Path, initrd: &Path, dir: &Path) -> Result<()> {
-    let mut api = Api::connect(socket)?;
-    api.put("/machine-config", &json!({ "vcpu_count": 1, "mem_size_mib": 128 }))?;
-    api.put(
-        "/boot-source",
-        &json!({
-            "kernel_image_path": kernel,
-            "initrd_path": initrd,
-            "boot_args": "console=ttyS0 reboot=k panic=1",
-        }),
-    )?;
-    api.put("/actions", &json!({ "action_type": "InstanceStart" }))?;
-    println!("parent: {}", api.get("/")?);
+    let mut parent = Client::new(socket);
+    parent.wait_until_ready(START_TIMEOUT)?;
+    parent.put_machine_config(&MachineConfig {
+        vcpu_count: 1,
+        mem_size_mib: 128,
+        ..MachineConfig::default()
+    })?;
+    parent.put_boot_source(&BootSource {
+        initrd_path: Some(initrd.to_owned()),
+        boot_args: Some("console=ttyS0 reboot=k panic=1".to_owned()),
+        ..BootSource::new(kernel)
+    })?;
+    parent.start()?;
+    println!("parent: {:?}", parent.instance()?.state);
 
-    let child_socket = dir.join("child.sock");
-    let fork = json!({ "children": [{ "id": "child", "api_socket": child_socket }] });
-    let forked = api.put("/fork", &fork)?;
-    println!("forked: {forked}");
-    let mut child = Api::connect(&child_socket)?;
-    println!("child: {}", child.get("/")?);
-
-    let pid = forked["children"][0]["pid"].as_u64().ok_or("the child has no process id")?;
-    // A child is a process of its own, which outlives its parent: SIGTERM ends it in order.
-    Command::new("kill").arg(pid.to_string()).status()?;
+    let socket = dir.join("child.sock");
+    let child = Child { api_socket: Some(socket.clone()), ..Child::new("child".parse()?) };
+    let outcome = parent.fork(&Fork { children: vec![child], drives: vec![] })?;
+    println!("forked: the parent was paused for {} us", outcome.pause_us);
+    for child in outcome.children {
+        let (pid, ready_us) = match child {
+            ChildOutcome::Started { pid, ready_us, .. } => (pid, ready_us),
+            ChildOutcome::Failed { id, error } => return Err(format!("child {id}: {error}").into()),
+        };
+        let info = Client::new(&socket).wait_until_ready(START_TIMEOUT)?;
+        println!("child: {} {:?}, ready after {ready_us} us", info.id, info.state);
+        // A child is a process of its own, which outlives its parent: SIGTERM ends it in order.
+        Command::new("kill").arg(pid.to_string()).status()?;
+    }
     Ok(())
 }
 
 /// Ends the monitor as a supervisor would: by SIGTERM, after which it closes its files in order.
-fn end(vmm: &mut Child) -> Result<()> {
+fn end(vmm: &mut Process) -> Result<()> {
     Command::new("kill").arg(vmm.id().to_string()).status()?;
     vmm.wait()?;
     Ok(())
-}
-
-/// A connection to the API of one microVM.
-struct Api(UnixStream);
-
-impl Api {
-    /// Connects as soon as the monitor listens.
-    fn connect(socket: &Path) -> Result<Self> {
-        let begin = Instant::now();
-        loop {
-            match UnixStream::connect(socket) {
-                Ok(stream) => return Ok(Api(stream)),
-                Err(error) if begin.elapsed() > START_TIMEOUT => return Err(error.into()),
-                Err(_) => std::thread::sleep(Duration::from_millis(1)),
-            }
-        }
-    }
-
-    fn get(&mut self, path: &str) -> Result<Value> {
-        self.request(&format!("GET {path} HTTP/1.1\r\nHost: localhost\r\n\r\n"))
-    }
-
-    fn put(&mut self, path: &str, body: &Value) -> Result<Value> {
-        let body = body.to_string();
-        let length = body.len();
-        self.request(&format!(
-            "PUT {path} HTTP/1.1\r\nHost: localhost\r\nContent-Length: {length}\r\n\r\n{body}"
-        ))
-    }
-
-    /// Sends a request and returns the response's body; an error status becomes an error.
-    fn request(&mut self, request: &str) -> Result<Value> {
-        self.0.write_all(request.as_bytes())?;
-        let mut bytes = Vec::new();
-        loop {
-            let mut buffer = [0; 4096];
-            let count = self.0.read(&mut buffer)?;
-            if count == 0 {
-                return Err("the monitor closed the connection".into());
-            }
-            bytes.extend_from_slice(&buffer[..count]);
-            let mut headers = [httparse::EMPTY_HEADER; 16];
-            let mut response = httparse::Response::new(&mut headers);
-            let httparse::Status::Complete(head) = response.parse(&bytes)? else { continue };
-            let length = content_length(response.headers)?;
-            let Some(body) = bytes.get(head..head + length) else { continue };
-            let body = if body.is_empty() { Value::Null } else { serde_json::from_slice(body)? };
-            return match response.code {
-                Some(200..300) => Ok(body),
-                status => Err(format!("status {status:?}: {body}").into()),
-            };
-        }
-    }
-}
-
-/// The body's length; 204 has no body and no such header.
-fn content_length(headers: &[httparse::Header<'_>]) -> Result<usize> {
-    let field = headers.iter().find(|header| header.name.eq_ignore_ascii_case("content-length"));
-    field.map_or(Ok(0), |field| Ok(std::str::from_utf8(field.value)?.parse()?))
 }

@@ -102,6 +102,14 @@ pub fn null_guest_of_any_monitor() -> Elf {
     Elf::of(&code)
 }
 
+/// Writes the boot timer's byte this many times, then asks the keyboard controller for a reset.
+pub fn timer_flood_guest(times: usize) -> Elf {
+    let mut code = write_byte(BOOT_TIMER.0, BOOT_TIMER.1).repeat(times);
+    code.extend(RESET);
+    code.extend(HALT);
+    Elf::of(&code)
+}
+
 /// Raises an exception without an interrupt descriptor table: a triple fault. Returns also the
 /// address of the instruction.
 pub fn triple_fault_guest() -> (Elf, u32) {
@@ -136,6 +144,33 @@ pub fn spinning_guest() -> Elf {
     Elf::of(&code)
 }
 
+/// The addresses in a [`counting_guest`].
+pub mod counting {
+    /// The loop, whose first instruction counts in `eax`.
+    pub const LOOP: u32 = super::LOAD_ADDRESS + 2;
+    /// The next instruction, which stores the count.
+    pub const STORE: u32 = LOOP + 1;
+    /// The instruction after it.
+    pub const CHECK: u32 = STORE + 5;
+    /// The count, of 4 bytes.
+    pub const COUNT: u32 = super::LOAD_ADDRESS + 0x2000;
+    /// Four bytes; the guest resets itself once they are not 0.
+    pub const END: u32 = COUNT + 4;
+}
+
+/// Counts in memory, until it is told to end.
+pub fn counting_guest() -> Elf {
+    // xor eax, eax; inc eax; mov [COUNT], eax; cmp dword [END], 0; je to the inc
+    let mut code = vec![0x31, 0xc0, 0x40, 0xa3];
+    code.extend(counting::COUNT.to_le_bytes());
+    code.extend([0x83, 0x3d]);
+    code.extend(counting::END.to_le_bytes());
+    code.extend([0, 0x74, 0xf1]);
+    code.extend(RESET);
+    code.extend(HALT);
+    Elf::of(&code)
+}
+
 /// Sends these bytes over the serial port, then asks the keyboard controller for a reset.
 pub fn serial_guest(text: &[u8]) -> Elf {
     // mov dx, 0x3f8
@@ -152,6 +187,18 @@ pub fn serial_guest(text: &[u8]) -> Elf {
 /// Asks the keyboard controller for a reset, then halts.
 pub fn reset_guest() -> Elf {
     Elf::of(&[&RESET[..], &HALT].concat())
+}
+
+/// Writes each of these bytes to a port, then asks the keyboard controller for a reset.
+pub fn port_guest(writes: &[(u16, u8)]) -> Elf {
+    let mut code = Vec::new();
+    for (port, value) in writes {
+        // mov dx, port; mov al, value; out dx, al
+        code.extend([&[0x66, 0xba][..], &port.to_le_bytes(), &[0xb0, *value, 0xee]].concat());
+    }
+    code.extend(RESET);
+    code.extend(HALT);
+    Elf::of(&code)
 }
 
 /// mov al, 0xfe; out 0x64, al

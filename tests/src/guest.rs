@@ -31,6 +31,10 @@ pub mod env {
     pub const SCHEMATHESIS: &str = "VESTA_SCHEMATHESIS";
     /// The example in Rust; set if a selected test needs it.
     pub const EXAMPLE: &str = "VESTA_EXAMPLE";
+    /// The directory of the Python package firecracker-python; not set if it cannot be fetched.
+    pub const PYTHON_SDK: &str = "VESTA_PYTHON_SDK";
+    /// The program with the crate firecracker-rs-sdk; not set if that cannot be fetched.
+    pub const RUST_SDK: &str = "VESTA_RUST_SDK";
     /// Set by the runner, which runs each test in its own process and knows
     /// [`IGNORED_STATUS`](super::IGNORED_STATUS).
     pub const RUNNER: &str = "VESTA_TEST_RUNNER";

@@ -140,9 +140,12 @@ impl Transcript {
 
 impl State {
     /// The complete lines that begin at byte `from` or later. A line ends with a line break or the
-    /// stream.
+    /// stream. The monitor's log may be in the middle of a line of the guest: the log's line comes
+    /// first then.
     fn lines(&self, from: usize) -> Vec<Line> {
         let mut lines = Vec::new();
+        // The beginning of a line that the log has interrupted, and where it is.
+        let mut begun: Option<(usize, Vec<u8>)> = None;
         let mut start = 0;
         while let Some(rest) = self.bytes.get(start..).filter(|rest| !rest.is_empty()) {
             let end = match rest.iter().position(|&byte| byte == b'\n') {
@@ -150,14 +153,27 @@ impl State {
                 None if self.closed => self.bytes.len(),
                 None => break,
             };
-            if start >= from {
-                let text = String::from_utf8_lossy(&self.bytes[start..end]);
-                lines.push(Line {
-                    at: self.arrival(end),
-                    text: text.trim_end_matches(['\r', '\n']).to_owned(),
-                });
+            let (mut at, mut text) = begun.take().unwrap_or((start, Vec::new()));
+            let piece = &self.bytes[start..end];
+            match log_line_in(piece) {
+                Some(cut) if cut > 0 || !text.is_empty() => {
+                    text.extend_from_slice(&piece[..cut]);
+                    begun = Some((at, text));
+                    (at, text) = (start + cut, piece[cut..].to_vec());
+                }
+                _ => text.extend_from_slice(piece),
+            }
+            if at >= from {
+                let text = String::from_utf8_lossy(&text).trim_end_matches(['\r', '\n']).to_owned();
+                lines.push(Line { at: self.arrival(end), text });
             }
             start = end;
+        }
+        if let (Some((at, text)), true) = (begun, self.closed)
+            && at >= from
+        {
+            let text = String::from_utf8_lossy(&text).into_owned();
+            lines.push(Line { at: self.arrival(self.bytes.len()), text });
         }
         lines
     }
@@ -167,6 +183,13 @@ impl State {
         let index = self.arrivals.partition_point(|(reached, _)| *reached < len);
         self.arrivals[index].1
     }
+}
+
+/// Where a line of the monitor's log begins in these bytes: `2026-01-01T00:00:00.000000005 [`.
+fn log_line_in(bytes: &[u8]) -> Option<usize> {
+    const FORM: &[u8] = b"0000-00-00T00:00:00.000000000 [";
+    let fits = |(byte, form): (&u8, &u8)| if *form == b'0' { byte.is_ascii_digit() } else { byte == form };
+    bytes.windows(FORM.len()).position(|window| window.iter().zip(FORM).all(fits))
 }
 
 #[cfg(test)]
@@ -200,6 +223,18 @@ mod tests {
         let mark = transcript.len();
         writer.write_all(b"tick 2\n").unwrap();
         assert_eq!(transcript.wait_for_after(mark, "tick", LONG).unwrap().text, "tick 2");
+    }
+
+    #[test]
+    fn a_line_that_the_log_interrupts_is_whole() {
+        use std::io::Write;
+        let (mut writer, transcript) = transcript();
+        let [one, two] = [1, 2].map(|n| format!("2026-01-01T00:00:00.00000000{n} [vm:main] log {n}"));
+        write!(writer, "{one}\ntick{two}\n{one}\n 7\r\nre{two}\nst").unwrap();
+        drop(writer);
+        transcript.wait_for_end(LONG).unwrap();
+        let texts: Vec<_> = transcript.lines().into_iter().map(|line| line.text).collect();
+        assert_eq!(texts, [&one, &two, &one, "tick 7", &two, "rest"]);
     }
 
     #[test]

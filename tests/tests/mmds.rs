@@ -164,7 +164,9 @@ on_each_transport! {
              get no-life -X PUT {AT}/latest/api/token\n\
              get long-life -X PUT {AT}/latest/api/token -H 'X-metadata-token-ttl-seconds: 21601'\n\
              get proxy -X PUT {AT}/latest/api/token -H 'X-metadata-token-ttl-seconds: 60' -H 'X-Forwarded-For: 10.0.0.1'\n\
-             get post -i -X POST {AT}/latest/api/token\n\
+             get patch -i -X PATCH {AT}/latest/api/token\n\
+             get post -X POST {AT}/latest/api/token\n\
+             get body -X PUT -d x {AT}/latest/api/token\n\
              TOKEN=$(in_disk curl -sS -m 20 -X PUT {AT}/latest/api/token -H 'X-metadata-token-ttl-seconds: 600')\n\
              get own -H \"X-metadata-token: $TOKEN\" {AT}/latest/meta-data/ami-id\n\
              get other -H \"X-aws-ec2-metadata-token: $TOKEN\" -H 'Accept: application/json' {AT}/latest/meta-data/instance-id\n\
@@ -178,13 +180,14 @@ on_each_transport! {
         let output = Setup { transport, script: &script, disk: true, mmds, ..Setup::default() }.output_of(&contents())?;
         for (name, status) in [
             ("none", "401"), ("guess", "401"), ("no-life", "400"), ("long-life", "400"), ("proxy", "400"),
-            ("post", "405"), ("own", "200"), ("other", "200"), ("life", "200"), ("over", "401"),
+            ("patch", "405"), ("post", "501"), ("body", "400"), ("own", "200"), ("other", "200"), ("life", "200"), ("over", "401"),
         ] {
             assert!(part(&output, name).ends_with(&format!("|{status}")), "{name}: {output}");
         }
         assert_eq!(part(&output, "own"), "ami-1234|200");
         assert_eq!(part(&output, "other"), "\"i-5678\"|200");
-        assert!(part(&output, "post").contains("Allow: GET, PUT"), "{output}");
+        assert!(part(&output, "patch").contains("Allow: GET, PUT"), "{output}");
+        assert_eq!(part(&output, "body"), "Invalid request.|400");
         assert!(part(&output, "life").contains("X-aws-ec2-metadata-token-ttl-seconds: 21600"), "{output}");
         // The connection is refused at once, instead of a timeout.
         assert!(part(&output, "port").contains("refused") || part(&output, "port").contains("Couldn't connect"), "{output}");

@@ -10,6 +10,7 @@ use serde_json::{Value, json};
 use vesta_tests::api::{ApiClient, Response};
 use vesta_tests::counting::counting_with;
 use vesta_tests::disks::{MIB, disk, drive, with};
+use vesta_tests::events::EventStream;
 use vesta_tests::guest::{TIMEOUT, Transport};
 use vesta_tests::host_devices::{LoopDevice, SmallFs};
 use vesta_tests::process::Orphans;
@@ -122,6 +123,8 @@ fn a_failed_write_back_refuses_forks_until_the_disk_is_replaced() -> Result<()> 
     let dir = home.path();
     let writeback = json!({"cache_type": "Writeback"});
     let (_vmm, mut api, _serial) = counting_with(&[with(drive("d", device.path()), &writeback)])?;
+    let mut events = EventStream::open(&api)?;
+    events.expect("started")?;
     // As if the guest had written: the page cache does not record the writer.
     File::options().write(true).open(device.path())?.write_all_at(&vec![7; 8 << 20], 0)?;
 
@@ -146,6 +149,8 @@ fn a_failed_write_back_refuses_forks_until_the_disk_is_replaced() -> Result<()> 
         Ok(())
     };
     all_refused(&mut api)?;
+    let failed = events.expect("device_error")?;
+    ensure!(failed["device"] == "drive d" && failed["needs_reset"] == false, "{failed}");
     // With space again the kernel's next sync succeeds, because it treats the lost data as written.
     small.resize(64 * MIB)?;
     all_refused(&mut api)?;

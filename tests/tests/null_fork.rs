@@ -138,7 +138,7 @@ fn invalid_forks_are_refused_by_name_and_the_guest_continues() -> Result<()> {
     let mut before = VmmBuilder::new(&vmm_path())?.with_api().spawn()?;
     let refused = before.ready_client(TIMEOUT)?.put("/fork", &json!({"children": [{"id": "a"}]}))?;
     assert_eq!(refused.status, 400);
-    assert!(refused.fault().contains("needs a started microVM"), "{refused:?}");
+    assert!(refused.fault().contains("not supported before starting the microVM"), "{refused:?}");
     assert!(before.is_running()?);
     Ok(())
 }

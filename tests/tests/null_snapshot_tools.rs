@@ -110,6 +110,21 @@ fn a_snapshot_is_described_under_each_tool_name() -> Result<()> {
 }
 
 #[test]
+fn tools_print_the_versions_of_their_names() -> Result<()> {
+    ensure!(good("snapshot-editor", &["--version"])? == "snapshot-editor v1.17.0\n");
+    ensure!(good("rebase-snap", &["--version"])? == "Rebase_snap v1.17.0\n\n");
+    for (name, args, code) in [
+        ("snapshot-editor", &["info-vmstate", "version"][..], 2),
+        ("snapshot-editor", &["info-vmstate", "version", "--vmstate-path", "/nowhere/s"], 1),
+        ("rebase-snap", &["--base-file", "/nowhere/b"], 1),
+    ] {
+        let (found, output) = tool(name, args)?;
+        ensure!(found == code && output.starts_with("Error: "), "{name} {args:?}: {found} {output}");
+    }
+    Ok(())
+}
+
+#[test]
 fn an_invalid_snapshot_gives_an_exit_code_and_a_reason() -> Result<()> {
     let home = tempfile::tempdir()?;
     let (base, ..) = base_and_diff(home.path())?;

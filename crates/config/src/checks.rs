@@ -4,6 +4,7 @@ use std::collections::BTreeSet;
 use std::path::Path;
 
 use crate::error::{ConfigError, ForkError};
+use crate::limits::MAX_SOCKET_PATH_LEN;
 
 /// Checks that `min <= value <= max`.
 pub(crate) fn in_range(field: &'static str, value: u64, min: u64, max: u64) -> Result<(), ConfigError> {
@@ -29,6 +30,16 @@ pub(crate) fn is_device_id(id: &str, max_len: usize) -> bool {
 pub(crate) fn path(field: &'static str, path: &Path) -> Result<(), ConfigError> {
     let bytes = path.as_os_str().as_encoded_bytes();
     if bytes.is_empty() || bytes.contains(&0) { Err(ConfigError::BadPath { field }) } else { Ok(()) }
+}
+
+/// Checks that `path` fits in the address of a Unix socket.
+pub(crate) fn socket_path(field: &'static str, path: &Path) -> Result<(), ConfigError> {
+    let len = path.as_os_str().len();
+    if (1..=MAX_SOCKET_PATH_LEN).contains(&len) {
+        self::path(field, path)
+    } else {
+        Err(ConfigError::SocketPathLength { field, len })
+    }
 }
 
 /// Checks that no value of a field is given twice.

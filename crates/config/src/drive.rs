@@ -148,6 +148,26 @@ impl Overlay {
 }
 
 impl Drive {
+    /// A writable drive with all defaults, which is not the root device.
+    pub fn new(drive_id: impl Into<String>, path_on_host: impl Into<PathBuf>) -> Drive {
+        Drive {
+            drive_id: drive_id.into(),
+            is_root_device: false,
+            partuuid: None,
+            cache_type: CacheType::default(),
+            is_read_only: false,
+            path_on_host: Some(path_on_host.into()),
+            rate_limiter: None,
+            io_engine: None,
+            socket: None,
+            num_queues: None,
+            io_threads: None,
+            queue_size: None,
+            overlay: None,
+            lock: None,
+        }
+    }
+
     /// Checks bounds and combinations.
     pub fn check(&self) -> Result<(), ConfigError> {
         if !checks::is_device_id(&self.drive_id, MAX_DRIVE_ID_LEN) {
@@ -263,6 +283,11 @@ pub struct DriveUpdate {
 }
 
 impl DriveUpdate {
+    /// An update of the drive `drive_id` that changes nothing yet.
+    pub fn new(drive_id: impl Into<String>) -> DriveUpdate {
+        DriveUpdate { drive_id: drive_id.into(), path_on_host: None, rate_limiter: None, overlay: None }
+    }
+
     /// Whether the update has no field that changes something. The API refuses such an update.
     pub fn is_empty(&self) -> bool {
         let DriveUpdate { drive_id: _, path_on_host, rate_limiter, overlay } = self;

@@ -5,7 +5,7 @@ use std::path::PathBuf;
 
 use crate::limits::{
     MAX_BOOT_ARGS_LEN, MAX_CHILDREN, MAX_DRIVE_ID_LEN, MAX_IFACE_ID_LEN, MAX_SOCKET_PATH_LEN,
-    MAX_TAP_NAME_LEN,
+    MAX_TAP_NAME_LEN, MAX_TEMPLATE_ENTRIES,
 };
 
 /// A value that has the right type and is invalid.
@@ -102,6 +102,14 @@ pub enum ConfigError {
         /// The template given.
         template: &'static str,
     },
+    /// A list of a custom CPU template that is too long.
+    #[error("cpu-config: {list} has {count} entries; at most {MAX_TEMPLATE_ENTRIES}")]
+    TemplateEntries {
+        /// The list's name in JSON.
+        list: &'static str,
+        /// Its entries.
+        count: usize,
+    },
     /// Two vsock sockets at one path.
     #[error("uds_path and seqpacket_uds_path are both {}; they must differ", path.display())]
     SameSocketPath {
@@ -153,7 +161,7 @@ pub enum DriveError {
     #[error("path_on_host is missing")]
     NoPath,
     /// A vhost-user backend.
-    #[error("socket is not supported: there are no vhost-user block devices")]
+    #[error("socket: this version does not support vhost-user block devices")]
     VhostUser,
     /// Several I/O threads for a drive with an overlay.
     #[error("io_threads is {io_threads}; with an overlay it must be 1")]

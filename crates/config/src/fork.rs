@@ -10,6 +10,7 @@ use crate::error::{ConfigError, ForkError};
 use crate::id::InstanceId;
 use crate::limits::MAX_CHILDREN;
 use crate::logger::Logger;
+use crate::metrics::Metrics;
 use crate::network_override::NetworkOverride;
 use crate::serde_helpers::null_is_default;
 use crate::serial::Serial;
@@ -75,10 +76,32 @@ pub struct Child {
     /// Logger of the child; as the parent's if absent.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub logger: Option<Logger>,
+    /// Output of the child's metrics; none if absent.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub metrics: Option<Metrics>,
     /// Whether the child runs after its start; otherwise it is paused.
     #[serde(default = "yes", skip_serializing_if = "is_true")]
     #[cfg_attr(feature = "schema", schemars(extend("default" = yes())))]
     pub resume: bool,
+}
+
+impl Child {
+    /// A running child without API, network and vsock sockets, and with default overlays.
+    pub fn new(id: InstanceId) -> Child {
+        Child {
+            id,
+            api_socket: None,
+            cgroup: None,
+            drives: Vec::new(),
+            network_overrides: Vec::new(),
+            serial: None,
+            vsock_override: None,
+            mmds: None,
+            logger: None,
+            metrics: None,
+            resume: true,
+        }
+    }
 }
 
 impl Fork {
@@ -115,10 +138,11 @@ impl Fork {
         for drives in self.children.iter().map(|child| &child.drives).chain([&self.drives]) {
             checks::unique("drive_id", drives.iter().map(|drive| drive.drive_id.clone()))?;
         }
-        self.children
-            .iter()
-            .filter_map(|child| child.vsock_override.as_ref())
-            .try_for_each(VsockOverride::check)?;
+        let metrics = || self.children.iter().filter_map(|child| child.metrics.as_ref());
+        checks::unique("metrics_path", metrics().map(|metrics| shown(&metrics.metrics_path)))?;
+        metrics().try_for_each(Metrics::check)?;
+        let sockets = self.children.iter().filter_map(|child| child.vsock_override.as_ref());
+        sockets.map(VsockOverride::check).collect::<Result<(), _>>()?;
         self.children.iter().filter_map(|child| child.serial.as_ref()).try_for_each(Serial::check)
     }
 }
@@ -166,6 +190,11 @@ mod tests {
                 r#"{"children":[{"id":"a","drives":[{"drive_id":"d","overlay":"/o"}]}],"drives":[{"drive_id":"d","overlay":"/o"}]}"#,
                 "overlay /o",
             ),
+            (
+                r#"{"children":[{"id":"a","metrics":{"metrics_path":"m"}},{"id":"b","metrics":{"metrics_path":"m"}}]}"#,
+                "metrics_path m",
+            ),
+            (r#"{"children":[{"id":"a","metrics":{"metrics_path":""}}]}"#, "metrics_path is empty"),
             (r#"{"children":[{"id":"a","color":1}]}"#, "color"),
         ] {
             let error = fork(json).unwrap_err();

@@ -23,6 +23,7 @@ mod action;
 mod answers;
 mod boot_source;
 mod checks;
+mod cpu_config;
 mod drive;
 mod entropy;
 mod error;
@@ -33,6 +34,7 @@ mod limits;
 mod logger;
 mod mac;
 mod machine_config;
+mod metrics;
 mod mmds;
 mod network;
 mod network_override;
@@ -56,6 +58,10 @@ pub use answers::{
     SnapshotJobState, Version,
 };
 pub use boot_source::{BootSource, DEFAULT_BOOT_ARGS};
+pub use cpu_config::{
+    Bitmap, BitmapError, CapabilityError, CpuConfig, CpuConfigSource, CpuidModifier, CpuidRegister,
+    KvmCapability, MsrModifier, RegisterModifier,
+};
 pub use drive::{
     CacheType, DEFAULT_DRIVE_QUEUE_SIZE, Drive, DriveOverlay, DriveUpdate, IoEngine, Overlay, check_drives,
 };
@@ -66,12 +72,13 @@ pub use id::{IdError, InstanceId, ResourceId};
 pub use limits::{
     MAX_BOOT_ARGS_LEN, MAX_CHILDREN, MAX_DRIVE_ID_LEN, MAX_DRIVE_QUEUE_SIZE, MAX_DRIVE_QUEUES,
     MAX_IFACE_ID_LEN, MAX_MEM_SIZE_MIB, MAX_NET_QUEUE_SIZE, MAX_OVERLAY_LAYERS, MAX_QUEUE_PAIRS,
-    MAX_REFILL_TIME_MS, MAX_SOCKET_PATH_LEN, MAX_TAP_NAME_LEN, MAX_VCPU_COUNT, MIN_DRIVE_QUEUE_SIZE, MIN_MTU,
-    MIN_NET_QUEUE_SIZE,
+    MAX_REFILL_TIME_MS, MAX_SOCKET_PATH_LEN, MAX_TAP_NAME_LEN, MAX_TEMPLATE_ENTRIES, MAX_VCPU_COUNT,
+    MIN_DRIVE_QUEUE_SIZE, MIN_MTU, MIN_NET_QUEUE_SIZE,
 };
 pub use logger::{LogLevel, Logger, UnknownLogLevel};
 pub use mac::{MacAddress, MacAddressError};
 pub use machine_config::{CpuTemplate, HugePages, MachineConfig, MachineConfigUpdate};
+pub use metrics::Metrics;
 pub use mmds::{DEFAULT_MMDS_ADDRESS, MmdsConfig, MmdsVersion};
 pub use network::{
     DEFAULT_NET_QUEUE_SIZE, NetBackendKind, NetworkInterface, NetworkInterfaceUpdate, check_networks,

@@ -43,3 +43,6 @@ pub const MAX_REFILL_TIME_MS: u64 = u64::MAX / 1_000_000;
 
 /// Most children of one `PUT /fork`.
 pub const MAX_CHILDREN: usize = 1000;
+
+/// Most entries of each list of a CPU template.
+pub const MAX_TEMPLATE_ENTRIES: usize = 1024;

@@ -1,10 +1,15 @@
 //! `/machine-config`: vCPUs and memory.
 
+use std::path::PathBuf;
+
 use serde::{Deserialize, Serialize};
 
-use crate::checks::in_range;
+use crate::checks::{in_range, socket_path};
 use crate::error::ConfigError;
+#[cfg(feature = "schema")]
+use crate::limits::MAX_SOCKET_PATH_LEN;
 use crate::limits::{MAX_MEM_SIZE_MIB, MAX_VCPU_COUNT};
+use crate::serde_helpers::null_is_default;
 
 /// vCPUs and memory of a microVM.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -30,8 +35,12 @@ pub struct MachineConfig {
     #[serde(default)]
     pub track_dirty_pages: bool,
     /// Pages that back guest memory.
-    #[serde(default)]
+    #[serde(default, deserialize_with = "null_is_default")]
     pub huge_pages: HugePages,
+    /// Unix socket at which a debugger attaches to the guest, which waits for it at its entry.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[cfg_attr(feature = "schema", schemars(length(min = 1, max = MAX_SOCKET_PATH_LEN), extend("x-vesta-extension" = true)))]
+    pub gdb_socket_path: Option<PathBuf>,
 }
 
 impl Default for MachineConfig {
@@ -43,6 +52,7 @@ impl Default for MachineConfig {
             cpu_template: None,
             track_dirty_pages: false,
             huge_pages: HugePages::None,
+            gdb_socket_path: None,
         }
     }
 }
@@ -61,7 +71,7 @@ impl MachineConfig {
         if self.cpu_template == Some(CpuTemplate::V1N1) {
             return Err(ConfigError::ForeignCpuTemplate { template: "V1N1" });
         }
-        Ok(())
+        self.gdb_socket_path.iter().try_for_each(|path| socket_path("gdb_socket_path", path))
     }
 
     /// Returns this configuration with the fields of `update`, checked.
@@ -73,6 +83,7 @@ impl MachineConfig {
             cpu_template: update.cpu_template.or(self.cpu_template),
             track_dirty_pages: update.track_dirty_pages.unwrap_or(self.track_dirty_pages),
             huge_pages: update.huge_pages.unwrap_or(self.huge_pages),
+            gdb_socket_path: update.gdb_socket_path.clone().or_else(|| self.gdb_socket_path.clone()),
         };
         new.check()?;
         Ok(new)
@@ -107,6 +118,10 @@ pub struct MachineConfigUpdate {
     /// Pages that back guest memory; unchanged if absent.
     #[serde(default)]
     pub huge_pages: Option<HugePages>,
+    /// Unix socket at which a debugger attaches to the guest; unchanged if absent.
+    #[serde(default)]
+    #[cfg_attr(feature = "schema", schemars(length(min = 1, max = MAX_SOCKET_PATH_LEN), extend("x-vesta-extension" = true)))]
+    pub gdb_socket_path: Option<PathBuf>,
 }
 
 impl MachineConfigUpdate {
@@ -168,6 +183,8 @@ mod tests {
     #[test]
     fn vcpus_and_memory_are_required_and_the_rest_has_defaults() {
         assert_eq!(parse(r#"{"vcpu_count":2,"mem_size_mib":256}"#), Ok(with(2, 256)));
+        let nulls = r#"{"vcpu_count":2,"mem_size_mib":256,"cpu_template":null,"huge_pages":null}"#;
+        assert_eq!(parse(nulls), Ok(with(2, 256)));
         for (json, missing) in
             [(r#"{"vcpu_count":2}"#, "`mem_size_mib`"), (r#"{"mem_size_mib":2}"#, "`vcpu_count`")]
         {
@@ -230,6 +247,20 @@ mod tests {
         let update =
             MachineConfigUpdate { vcpu_count: Some(3), smt: Some(false), ..MachineConfigUpdate::default() };
         assert_eq!(before.updated(&update), Ok(with(3, 128)));
+    }
+
+    #[test]
+    fn gdb_socket_is_shown_only_if_set_and_its_length_is_checked() {
+        let config = parse(r#"{"vcpu_count":1,"mem_size_mib":1,"gdb_socket_path":"/run/gdb"}"#).unwrap();
+        assert_eq!(config.check(), Ok(()));
+        assert!(serde_json::to_string(&config).unwrap().contains(r#""gdb_socket_path":"/run/gdb""#));
+        assert!(!serde_json::to_string(&with(1, 1)).unwrap().contains("gdb"));
+        for len in [0, 108] {
+            let update =
+                MachineConfigUpdate { gdb_socket_path: Some("x".repeat(len).into()), ..Default::default() };
+            let error = with(1, 1).updated(&update).unwrap_err();
+            assert_eq!(error, ConfigError::SocketPathLength { field: "gdb_socket_path", len });
+        }
     }
 
     #[test]

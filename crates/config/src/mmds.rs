@@ -6,6 +6,7 @@ use serde::{Deserialize, Deserializer, Serialize};
 
 use crate::error::{ConfigError, MmdsConfigError};
 use crate::network::{NetBackendKind, NetworkInterface};
+use crate::serde_helpers::null_is_default;
 
 /// Default IPv4 address of the service, the one of EC2.
 pub const DEFAULT_MMDS_ADDRESS: Ipv4Addr = Ipv4Addr::new(169, 254, 169, 254);
@@ -32,10 +33,10 @@ pub enum MmdsVersion {
 #[serde(deny_unknown_fields)]
 pub struct MmdsConfig {
     /// Whether requests need a session token.
-    #[serde(default)]
+    #[serde(default, deserialize_with = "null_is_default")]
     pub version: MmdsVersion,
     /// Ids of the network interfaces through which the guest reaches the service.
-    #[serde(default)]
+    #[serde(default, deserialize_with = "null_is_default")]
     #[cfg_attr(feature = "schema", schemars(length(min = 1)))]
     pub network_interfaces: Vec<String>,
     /// IPv4 address of the service; [`DEFAULT_MMDS_ADDRESS`] if absent.
@@ -107,7 +108,7 @@ mod tests {
 
     #[test]
     fn interfaces_suffice() {
-        let config = parse(r#"{"network_interfaces":["eth0"],"ipv4_address":null}"#);
+        let config = parse(r#"{"network_interfaces":["eth0"],"version":null,"ipv4_address":null}"#);
         assert_eq!((config.version, config.imds_compat), (MmdsVersion::V1, false));
         assert_eq!(config.address(), DEFAULT_MMDS_ADDRESS);
         assert_eq!(config.check(), Ok(()));

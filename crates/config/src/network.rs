@@ -95,6 +95,24 @@ fn is_tap(kind: &NetBackendKind) -> bool {
 }
 
 impl NetworkInterface {
+    /// An interface on the tap `host_dev_name`, with all defaults.
+    pub fn new(iface_id: impl Into<String>, host_dev_name: impl Into<String>) -> NetworkInterface {
+        NetworkInterface {
+            iface_id: iface_id.into(),
+            host_dev_name: Some(host_dev_name.into()),
+            guest_mac: None,
+            mtu: None,
+            rx_rate_limiter: None,
+            tx_rate_limiter: None,
+            backend: NetBackendKind::default(),
+            fds: None,
+            socket: None,
+            num_queues: None,
+            io_threads: None,
+            queue_size: None,
+        }
+    }
+
     /// Checks bounds and combinations.
     pub fn check(&self) -> Result<(), ConfigError> {
         if !checks::is_device_id(&self.iface_id, MAX_IFACE_ID_LEN) {

@@ -6,6 +6,7 @@ use schemars::{JsonSchema, Schema, SchemaGenerator, json_schema};
 use serde_json::json;
 
 use crate::absent::{Absent, AbsentList};
+use crate::cpu_config::{Bitmap, KvmCapability};
 use crate::id::{InstanceId, MAX_INSTANCE_ID_LEN, ResourceId};
 use crate::limits::MAX_TAP_NAME_LEN;
 use crate::mac::MacAddress;
@@ -90,5 +91,8 @@ schema!(MacAddress, "MacAddress", {
     "pattern": "^[0-9A-Fa-f][02468ACEace](:[0-9A-Fa-f]{2}){5}$",
     "not": { "const": "00:00:00:00:00:00" },
 });
+schema!(KvmCapability, "KvmCapability", { "type": "string", "pattern": "^!?[0-9]{1,10}$" });
+schema!(Bitmap<32>, "Bitmap32", { "type": "string", "pattern": "^(0b)?_*([01x]_*){0,32}$" });
+schema!(Bitmap<64>, "Bitmap64", { "type": "string", "pattern": "^(0b)?_*([01x]_*){0,64}$" });
 schema!(Absent, "Absent", { "type": "null" });
 schema!(AbsentList, "AbsentList", { "type": "array", "items": {}, "maxItems": 0 });

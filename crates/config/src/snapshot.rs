@@ -166,6 +166,17 @@ impl DriveOverride {
 }
 
 impl SnapshotCreate {
+    /// A request to save all of a paused guest to two files.
+    pub fn new(snapshot_path: impl Into<PathBuf>, mem_file_path: impl Into<PathBuf>) -> SnapshotCreate {
+        SnapshotCreate {
+            snapshot_path: snapshot_path.into(),
+            mem_file_path: mem_file_path.into(),
+            snapshot_type: SnapshotType::Full,
+            live: false,
+            drives: Vec::new(),
+        }
+    }
+
     /// Checks that all files differ, and that only a live snapshot has `drives`.
     pub fn check(&self) -> Result<(), ConfigError> {
         if !self.live && !self.drives.is_empty() {

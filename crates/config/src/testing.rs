@@ -9,10 +9,11 @@ use proptest::prelude::*;
 
 use crate::absent::{Absent, AbsentList};
 use crate::{
-    BootSource, CacheType, CpuTemplate, Drive, Entropy, HugePages, IoEngine, LogLevel, Logger,
-    MAX_DRIVE_QUEUES, MAX_MEM_SIZE_MIB, MAX_QUEUE_PAIRS, MAX_REFILL_TIME_MS, MIN_MTU, MacAddress,
-    MachineConfig, MmdsConfig, MmdsVersion, NetBackendKind, NetworkInterface, Overlay, RateLimiter, Serial,
-    TokenBucket, VmConfig, Vsock,
+    Bitmap, BootSource, CacheType, CpuConfig, CpuConfigSource, CpuTemplate, CpuidModifier, CpuidRegister,
+    Drive, Entropy, HugePages, IoEngine, KvmCapability, LogLevel, Logger, MAX_DRIVE_QUEUES, MAX_MEM_SIZE_MIB,
+    MAX_QUEUE_PAIRS, MAX_REFILL_TIME_MS, MIN_MTU, MacAddress, MachineConfig, Metrics, MmdsConfig,
+    MmdsVersion, MsrModifier, NetBackendKind, NetworkInterface, Overlay, RateLimiter, RegisterModifier,
+    Serial, TokenBucket, VmConfig, Vsock,
 };
 
 /// Paths that JSON can represent.
@@ -48,6 +49,33 @@ fn machine_config() -> impl Strategy<Value = MachineConfig> {
             cpu_template,
             track_dirty_pages,
             huge_pages,
+            gdb_socket_path: None,
+        })
+}
+
+/// Any custom CPU template that passes [`CpuConfig::check`].
+pub fn cpu_config() -> impl Strategy<Value = CpuConfig> {
+    let capability = prop_oneof![
+        any::<u32>().prop_map(KvmCapability::Require),
+        any::<u32>().prop_map(KvmCapability::Ignore),
+    ];
+    let register = (prop::sample::select(CpuidRegister::ALL.to_vec()), any::<(u64, u64)>()).prop_map(
+        |(register, (mask, value))| RegisterModifier { register, bitmap: Bitmap::new(mask, value) },
+    );
+    let leaf = (any::<(u32, u32)>(), 0..=7_u32, prop::collection::vec(register, 0..5))
+        .prop_map(|((leaf, subleaf), flags, modifiers)| CpuidModifier { leaf, subleaf, flags, modifiers });
+    let msr = any::<(u32, u64, u64)>()
+        .prop_map(|(addr, mask, value)| MsrModifier { addr, bitmap: Bitmap::new(mask, value) });
+    let list = 0..4;
+    (
+        prop::collection::vec(capability, list.clone()),
+        prop::collection::vec(leaf, list.clone()),
+        prop::collection::vec(msr, list),
+    )
+        .prop_map(|(kvm_capabilities, cpuid_modifiers, msr_modifiers)| CpuConfig {
+            kvm_capabilities,
+            cpuid_modifiers,
+            msr_modifiers,
         })
 }
 
@@ -234,6 +262,15 @@ fn mmds(networks: &[NetworkInterface]) -> BoxedStrategy<Option<MmdsConfig>> {
         .boxed()
 }
 
+fn metrics() -> impl Strategy<Value = Metrics> {
+    let properties = prop::collection::btree_map("\\PC{0,4}", "\\PC{0,8}", 0..3);
+    (path(), any::<bool>(), properties).prop_map(|(metrics_path, emit_id, properties)| Metrics {
+        metrics_path,
+        emit_id,
+        properties,
+    })
+}
+
 /// Any configuration that passes [`VmConfig::check`].
 pub fn vm_config() -> impl Strategy<Value = VmConfig> {
     let networks = (0..4_usize)
@@ -241,13 +278,20 @@ pub fn vm_config() -> impl Strategy<Value = VmConfig> {
         .prop_flat_map(|networks| (mmds(&networks), Just(networks)));
     let entropy = rate_limiter().prop_map(|rate_limiter| Entropy { rate_limiter });
     (
-        (boot_source(), machine_config(), prop::option::of(logger()), prop::option::of(serial())),
+        (
+            boot_source(),
+            machine_config(),
+            (prop::option::of(logger()), prop::option::of(metrics())),
+            prop::option::of(serial()),
+        ),
         (drives(), prop::option::of(entropy), prop::option::of(vsock()), networks),
+        prop::option::of(cpu_config().prop_map(CpuConfigSource::Inline)),
     )
         .prop_map(
             |(
-                (boot_source, machine_config, logger, serial),
+                (boot_source, machine_config, (logger, metrics), serial),
                 (drives, entropy, vsock, (mmds_config, network_interfaces)),
+                cpu_config,
             )| {
                 VmConfig {
                     boot_source,
@@ -260,9 +304,9 @@ pub fn vm_config() -> impl Strategy<Value = VmConfig> {
                     mmds_config,
                     network_interfaces,
                     balloon: Absent,
-                    cpu_config: Absent,
+                    cpu_config,
                     memory_hotplug: Absent,
-                    metrics: Absent,
+                    metrics,
                     pmem: AbsentList,
                 }
             },

@@ -55,11 +55,18 @@ impl RateLimiter {
         [self.bandwidth, self.ops].iter().flatten().try_for_each(TokenBucket::check)
     }
 
-    /// Returns `old` with the buckets that `new` has.
+    /// Returns `old` with the buckets that `new` has. Those that limit nothing are removed.
     pub(crate) fn updated(old: Option<RateLimiter>, new: Option<RateLimiter>) -> Option<RateLimiter> {
         let Some(new) = new else { return old };
         let old = old.unwrap_or_default();
-        Some(RateLimiter { bandwidth: new.bandwidth.or(old.bandwidth), ops: new.ops.or(old.ops) })
+        RateLimiter { bandwidth: new.bandwidth.or(old.bandwidth), ops: new.ops.or(old.ops) }.in_force()
+    }
+
+    /// The buckets that limit something. `None` if there are none.
+    pub(crate) fn in_force(self) -> Option<RateLimiter> {
+        let [bandwidth, ops] =
+            [self.bandwidth, self.ops].map(|bucket| bucket.filter(|bucket| !bucket.is_unlimited()));
+        (bandwidth.is_some() || ops.is_some()).then_some(RateLimiter { bandwidth, ops })
     }
 }
 
@@ -89,6 +96,25 @@ mod tests {
         assert!(bucket(MAX_REFILL_TIME_MS + 1).check().is_err());
         assert!(RateLimiter { ops: Some(bucket(u64::MAX)), bandwidth: None }.check().is_err());
         assert!(RateLimiter { ops: None, bandwidth: Some(bucket(u64::MAX)) }.check().is_err());
+    }
+
+    #[test]
+    fn update_replaces_keeps_and_removes_buckets() {
+        let bucket = |size, refill_time| Some(TokenBucket { size, one_time_burst: None, refill_time });
+        let limiter = |bandwidth, ops| Some(RateLimiter { bandwidth, ops });
+        let old = limiter(bucket(1, 1), bucket(2, 2));
+        for (new, expected) in [
+            (None, old),
+            (limiter(None, None), old),
+            (limiter(bucket(3, 3), None), limiter(bucket(3, 3), bucket(2, 2))),
+            (limiter(None, bucket(0, 5)), limiter(bucket(1, 1), None)),
+            (limiter(bucket(5, 0), None), limiter(None, bucket(2, 2))),
+            (limiter(bucket(0, 0), bucket(0, 0)), None),
+        ] {
+            assert_eq!(RateLimiter::updated(old, new), expected, "{new:?}");
+        }
+        assert_eq!(RateLimiter::updated(None, limiter(bucket(0, 0), None)), None);
+        assert_eq!(RateLimiter::updated(None, limiter(None, bucket(1, 1))), limiter(None, bucket(1, 1)));
     }
 
     #[test]

@@ -9,15 +9,18 @@ use serde::{Deserialize, Serialize};
 
 use crate::absent::{Absent, AbsentList, Unsupported};
 use crate::boot_source::BootSource;
+use crate::cpu_config::{CpuConfig, CpuConfigSource};
 use crate::drive::{Drive, check_drives};
 use crate::entropy::Entropy;
 use crate::error::ConfigError;
 use crate::logger::Logger;
 use crate::machine_config::MachineConfig;
+use crate::metrics::Metrics;
 use crate::mmds::MmdsConfig;
 use crate::network::{NetworkInterface, check_networks};
 use crate::serde_helpers::null_is_default;
 use crate::serial::Serial;
+use crate::token_bucket::RateLimiter;
 use crate::vsock::Vsock;
 
 /// The configuration file (`--config-file`).
@@ -53,15 +56,15 @@ pub struct VmConfig {
     /// Not supported.
     #[serde(default, deserialize_with = "Unsupported::balloon")]
     pub balloon: Absent,
-    /// Not supported.
-    #[serde(default, deserialize_with = "Unsupported::cpu_config")]
-    pub cpu_config: Absent,
+    /// Custom CPU template, or its file; none if absent.
+    #[serde(default)]
+    pub cpu_config: Option<CpuConfigSource>,
     /// Not supported.
     #[serde(default, deserialize_with = "Unsupported::memory_hotplug")]
     pub memory_hotplug: Absent,
-    /// Not supported.
-    #[serde(default, deserialize_with = "Unsupported::metrics")]
-    pub metrics: Absent,
+    /// Output of metrics; set by the command line if absent.
+    #[serde(default)]
+    pub metrics: Option<Metrics>,
     /// Not supported.
     #[serde(default, deserialize_with = "Unsupported::pmem")]
     pub pmem: AbsentList,
@@ -72,6 +75,8 @@ impl VmConfig {
     pub fn check(&self) -> Result<(), ConfigError> {
         self.boot_source.check()?;
         self.machine_config.check()?;
+        self.metrics.as_ref().map_or(Ok(()), Metrics::check)?;
+        self.cpu_config.as_ref().map_or(Ok(()), CpuConfigSource::check)?;
         self.serial.as_ref().map_or(Ok(()), Serial::check)?;
         self.entropy.as_ref().map_or(Ok(()), Entropy::check)?;
         self.vsock.as_ref().map_or(Ok(()), Vsock::check)?;
@@ -94,9 +99,8 @@ pub struct FullVmConfig {
     pub balloon: Absent,
     /// Kernel, initrd and command line, once set.
     pub boot_source: Option<BootSource>,
-    /// Not supported.
-    #[serde(deserialize_with = "Unsupported::cpu_config")]
-    pub cpu_config: Absent,
+    /// Custom CPU template.
+    pub cpu_config: Option<CpuConfig>,
     /// Block devices.
     pub drives: Vec<Drive>,
     /// Entropy device.
@@ -108,9 +112,8 @@ pub struct FullVmConfig {
     /// Not supported.
     #[serde(deserialize_with = "Unsupported::memory_hotplug")]
     pub memory_hotplug: Absent,
-    /// Not supported.
-    #[serde(deserialize_with = "Unsupported::metrics")]
-    pub metrics: Absent,
+    /// Output of metrics, however it was set. No snapshot has it.
+    pub metrics: Option<Metrics>,
     /// Metadata service.
     pub mmds_config: Option<MmdsConfig>,
     /// Network devices.
@@ -126,6 +129,30 @@ pub struct FullVmConfig {
     pub vsock: Option<Vsock>,
 }
 
+impl FullVmConfig {
+    /// Shows what is in force: no buckets that limit nothing, and the default address of the
+    /// metadata service where none was set.
+    #[must_use]
+    pub fn in_force(mut self) -> FullVmConfig {
+        let networks = self.network_interfaces.iter_mut();
+        let networks =
+            networks.flat_map(|network| [&mut network.rx_rate_limiter, &mut network.tx_rate_limiter]);
+        let drives = self.drives.iter_mut().map(|drive| &mut drive.rate_limiter);
+        let entropy = self.entropy.iter_mut().map(|entropy| &mut entropy.rate_limiter);
+        for limiter in networks.chain(drives).chain(entropy) {
+            *limiter = limiter.and_then(RateLimiter::in_force);
+        }
+        if let Some(serial) = &mut self.serial {
+            serial.rate_limiter = serial.rate_limiter.filter(|bucket| !bucket.is_unlimited());
+        }
+        if let Some(mmds) = &mut self.mmds_config {
+            mmds.ipv4_address = Some(mmds.address());
+        }
+        self
+    }
+}
+
+/// A CPU template that is still in a file is left out.
 impl From<VmConfig> for FullVmConfig {
     fn from(config: VmConfig) -> FullVmConfig {
         let VmConfig {
@@ -155,7 +182,7 @@ impl From<VmConfig> for FullVmConfig {
             mmds_config,
             network_interfaces,
             balloon,
-            cpu_config,
+            cpu_config: cpu_config.and_then(CpuConfigSource::inline),
             memory_hotplug,
             metrics,
             pmem,
@@ -190,9 +217,9 @@ mod tests {
             mmds_config: None,
             network_interfaces: Vec::new(),
             balloon: Absent,
-            cpu_config: Absent,
+            cpu_config: None,
             memory_hotplug: Absent,
-            metrics: Absent,
+            metrics: None,
             pmem: AbsentList,
         }
     }
@@ -204,7 +231,7 @@ mod tests {
 
     #[test]
     fn null_means_absent_except_for_the_boot_source() {
-        let nulls = r#""machine-config":null,"logger":null,"serial":null,"drives":null"#;
+        let nulls = r#""machine-config":null,"logger":null,"cpu-config":null,"serial":null,"drives":null"#;
         assert_eq!(
             parse(&format!(r#"{{"boot-source":{{"kernel_image_path":"vmlinux"}},{nulls}}}"#)),
             Ok(minimal())
@@ -215,8 +242,8 @@ mod tests {
     #[test]
     fn empty_sections_of_unsupported_devices_are_accepted() {
         for empty in [
-            r#""cpu-config":null,"balloon":null,"metrics":null,"pmem":[],"memory-hotplug":null"#,
-            r#""cpu-config":{},"balloon":{},"metrics":{},"pmem":null,"memory-hotplug":{}"#,
+            r#""balloon":null,"pmem":[],"memory-hotplug":null"#,
+            r#""balloon":{},"pmem":null,"memory-hotplug":{}"#,
         ] {
             let json = format!(r#"{{"boot-source":{{"kernel_image_path":"vmlinux"}},{empty}}}"#);
             assert_eq!(parse(&json), Ok(minimal()));
@@ -227,9 +254,6 @@ mod tests {
     fn sections_of_unsupported_devices_are_refused_by_name() {
         for (section, content) in [
             ("balloon", r#"{"amount_mib":1,"deflate_on_oom":false}"#),
-            ("cpu-config", r#""template.json""#),
-            ("cpu-config", r#"{"kvm_capabilities":["121"]}"#),
-            ("metrics", r#"{"metrics_path":"m"}"#),
             ("pmem", r#"[{"id":"p","path_on_host":"x"}]"#),
             ("memory-hotplug", r#"{"total_size_mib":1024}"#),
         ] {
@@ -325,6 +349,14 @@ mod tests {
             prop_assert_eq!(config.check(), Ok(()));
             let shown = serde_json::to_string(&FullVmConfig::from(config.clone())).unwrap();
             prop_assert_eq!(parse(&shown), Ok(config));
+        }
+
+        #[test]
+        fn what_is_in_force_is_a_configuration_file(config in crate::testing::vm_config()) {
+            let shown = FullVmConfig::from(config).in_force();
+            let text = serde_json::to_string(&shown).unwrap();
+            prop_assert!(!text.contains("\"size\":0,") && !text.contains("\"ipv4_address\":null"), "{}", text);
+            prop_assert_eq!(FullVmConfig::from(parse(&text).unwrap()).in_force(), shown);
         }
 
         #[test]

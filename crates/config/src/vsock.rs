@@ -1,11 +1,12 @@
 //! `/vsock`: the vsock device.
 
-use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 
+use crate::checks::socket_path;
 use crate::error::ConfigError;
+#[cfg(feature = "schema")]
 use crate::limits::MAX_SOCKET_PATH_LEN;
 
 /// A vsock device.
@@ -32,6 +33,11 @@ pub struct Vsock {
 }
 
 impl Vsock {
+    /// A device with the socket `uds_path`.
+    pub fn new(guest_cid: u32, uds_path: impl Into<PathBuf>) -> Vsock {
+        Vsock { guest_cid, uds_path: uds_path.into(), vsock_id: None, seqpacket_uds_path: None }
+    }
+
     /// Checks bounds.
     pub fn check(&self) -> Result<(), ConfigError> {
         check_paths(&self.uds_path, self.seqpacket_uds_path.as_deref())
@@ -80,27 +86,19 @@ impl Vsock {
 
 /// Checks the paths of both sockets.
 fn check_paths(stream: &Path, seqpacket: Option<&Path>) -> Result<(), ConfigError> {
-    check_path("uds_path", stream)?;
+    socket_path("uds_path", stream)?;
     let Some(path) = seqpacket else { return Ok(()) };
-    check_path("seqpacket_uds_path", path)?;
+    socket_path("seqpacket_uds_path", path)?;
     if path == stream {
         return Err(ConfigError::SameSocketPath { path: path.to_owned() });
     }
     Ok(())
 }
 
-fn check_path(field: &'static str, path: &Path) -> Result<(), ConfigError> {
-    let len = path.as_os_str().as_bytes().len();
-    if (1..=MAX_SOCKET_PATH_LEN).contains(&len) {
-        Ok(())
-    } else {
-        Err(ConfigError::SocketPathLength { field, len })
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::limits::MAX_SOCKET_PATH_LEN;
 
     fn parse(json: &str) -> Result<Vsock, String> {
         serde_json::from_str(json).map_err(|error| error.to_string())

@@ -23,9 +23,12 @@ pub(crate) struct Backends {
 }
 
 impl Backends {
-    /// The whole configuration.
+    /// The whole configuration, for a snapshot or a child: without the debugger's socket, which is
+    /// this process's own.
     pub(crate) fn config(&self) -> FullVmConfig {
-        self.settings.with(self.drives.configs(), self.networks.configs())
+        let mut config = self.settings.with(self.drives.configs(), self.networks.configs());
+        config.machine_config.gdb_socket_path = None;
+        config
     }
 
     /// The devices to build, with clones of their backends. Interfaces with metadata reach

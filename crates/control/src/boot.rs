@@ -11,6 +11,7 @@ use rustix::fs::{Mode, OFlags};
 
 use crate::CommandError;
 use crate::error::Source;
+use crate::events::{Event, StartedBy};
 use crate::host::Host;
 use crate::microvm::{MicroVm, serial_limit};
 use crate::settings::Settings;
@@ -58,18 +59,21 @@ pub(crate) fn start<H: Host>(
         },
         cmdline: source.boot_args().to_owned(),
     };
-    let machine_config = settings.machine_config.clone();
+    let (machine_config, cpu_config) = (settings.machine_config.clone(), settings.cpu_config.clone());
     let boot_timer = vm.platform.boot_timer;
     let devices = vm.device_setup();
     let events = vm.lifecycle.events().map_err(CommandError::start)?;
     // It reads the kernel, from a file system that may take long.
     let build = move |_: &Token| {
-        Paused::build(Setup { config: &machine_config, boot, serial, boot_timer, devices, events })
+        let (config, cpu_config) = (&machine_config, cpu_config.as_ref());
+        Paused::build(Setup { config, cpu_config, boot, serial, boot_timer, devices, events })
     };
     let machine = tasks.run(vm, None, build)?.map_err(CommandError::start)?;
     tasks.host.guest_starts(vm.serial_output.is_none());
     vm.backends.networks.release();
+    vm.metrics.guest_starts(machine.stats());
     vm.lifecycle.start(machine, true).map_err(CommandError::start)?;
+    vm.events.publish(&Event::Started { by: StartedBy::Boot, phase: vm.lifecycle.phase() });
     log::info!("the guest has started");
     Ok(())
 }

@@ -4,8 +4,9 @@
 use std::borrow::Cow;
 
 use config::{
-    BootSource, Drive, DriveUpdate, Entropy, Fork, Logger, MachineConfig, MachineConfigUpdate, MmdsConfig,
-    NetworkInterface, NetworkInterfaceUpdate, Serial, SnapshotCreate, SnapshotLoad, VmState, Vsock,
+    BootSource, CpuConfig, Drive, DriveUpdate, Entropy, Fork, Logger, MachineConfig, MachineConfigUpdate,
+    Metrics, MmdsConfig, NetworkInterface, NetworkInterfaceUpdate, Serial, SnapshotCreate, SnapshotLoad,
+    VmState, Vsock,
 };
 
 /// A command, checked in form and bounds. The main thread runs one at a time.
@@ -23,10 +24,16 @@ pub enum Command {
     PutMachineConfig(MachineConfig),
     /// Change processors and memory; absent fields stay.
     PatchMachineConfig(MachineConfigUpdate),
+    /// Set the custom CPU template, in place of any other template.
+    PutCpuConfig(CpuConfig),
     /// Set the kernel, initrd and boot arguments.
     PutBootSource(BootSource),
     /// Configure the monitor's log.
     PutLogger(Logger),
+    /// Set the output of metrics.
+    PutMetrics(Metrics),
+    /// Show the totals of all counters as Prometheus text: `GET /metrics`, an extension.
+    GetMetrics,
     /// Set the host end of the serial console.
     PutSerial(Serial),
     /// Add a drive, or replace the one with this id.
@@ -74,7 +81,8 @@ pub enum Command {
 impl Command {
     /// Whether the command describes a microVM to boot, after which no snapshot can be loaded.
     ///
-    /// `PUT /vsock` does not: before a load it sets the paths of the sockets.
+    /// `PUT /vsock` does not: before a load it sets the paths of the sockets. Nor does `PUT
+    /// /cpu-config`, as with Firecracker; the loaded microVM has its own template.
     pub fn describes_boot(&self) -> bool {
         matches!(
             self,
@@ -97,8 +105,11 @@ impl Command {
             Command::GetMachineConfig => "GET /machine-config",
             Command::PutMachineConfig(_) => "PUT /machine-config",
             Command::PatchMachineConfig(_) => "PATCH /machine-config",
+            Command::PutCpuConfig(_) => "PUT /cpu-config",
             Command::PutBootSource(_) => "PUT /boot-source",
             Command::PutLogger(_) => "PUT /logger",
+            Command::PutMetrics(_) => "PUT /metrics",
+            Command::GetMetrics => "GET /metrics",
             Command::PutSerial(_) => "PUT /serial",
             Command::PutDrive(_) => "PUT /drives",
             Command::PatchDrive(_) => "PATCH /drives",
@@ -132,7 +143,7 @@ pub enum Reply {
     Empty,
     /// A JSON value: HTTP status 200.
     Json(serde_json::Value),
-    /// Any other text: HTTP status 200.
+    /// A text: HTTP status 200.
     Text {
         /// Its media type.
         content_type: &'static str,

@@ -9,23 +9,28 @@
 //!
 //! # Errors
 //!
-//! [`CommandError`], for the user. An event that ends the guest is sent to the receiver of the
-//! event channel, not returned here.
+//! [`CommandError`], for the user. What ends the guest, and notices about it, are sent to the
+//! receiver of the machine's event channel, not returned here. It passes them on for clients that
+//! watch the microVM ([`Controller::publish_notices`], [`Controller::publish`]).
 
-use std::time::Duration;
+use std::os::fd::BorrowedFd;
+use std::time::{Duration, Instant};
 
 use config::{
-    BootSource, CpuTemplate, MachineConfig, MmdsConfig, NetworkInterface, NetworkInterfaceUpdate, Serial,
+    BootSource, CpuConfigSource, MachineConfig, MmdsConfig, NetworkInterface, NetworkInterfaceUpdate, Serial,
     VmConfig, VmState, Vsock,
 };
-use machine::EventSink;
+use machine::debug::DebugEnd;
 use machine::machine::Machine;
+use machine::{EventSink, Notices};
 
 use crate::api::Requests;
 use crate::boot::{self, OpenedBootFiles};
+use crate::events::{Event, EventLog};
 use crate::fork::{ChildSpec, ParentState, Reporter};
 use crate::host::Host;
 use crate::live_snapshot::LiveSnapshotJob;
+use crate::metrics::{Operation, StartupTimes};
 use crate::microvm::MicroVm;
 use crate::task::{Questions, Tasks};
 use crate::vsock::VsockSockets;
@@ -48,8 +53,12 @@ pub struct Controller<H> {
 
 impl<H: Host> Controller<H> {
     /// A microVM that is not configured yet.
-    pub fn new(identity: Identity, host: H, platform: Platform, events: EventSink) -> Self {
-        Self::with_vm(MicroVm::new(identity, platform, events), host)
+    ///
+    /// Its machine reports to `sink`; what happens to it is published in `events`.
+    pub fn new(identity: Identity, host: H, platform: Platform, sink: EventSink, events: EventLog) -> Self {
+        let vm = MicroVm::new(identity, platform, sink, events);
+        vm.metrics.set_process(host.process_counts());
+        Self::with_vm(vm, host)
     }
 
     fn with_vm(vm: MicroVm, host: H) -> Self {
@@ -58,18 +67,20 @@ impl<H: Host> Controller<H> {
 
     /// Starts a child of a fork, in its own process. `parent` is the guest as it was at the fork.
     pub fn start_child(
-        host: H,
+        mut host: H,
         spec: ChildSpec,
         parent: ParentState,
-        events: EventSink,
+        sink: EventSink,
+        events: EventLog,
     ) -> (Reporter, Result<Self, CommandError>) {
-        let (reporter, started) = fork::start_child(&host, spec, parent, events);
+        let (reporter, started) = fork::start_child(&mut host, spec, parent, sink, events);
         (reporter, started.map(|vm| Self::with_vm(vm, host)))
     }
 
     /// Sets the requests of the API's clients. Questions among them are answered while a command
     /// takes long.
     pub fn set_requests(&mut self, requests: Option<Requests>) {
+        self.vm.metrics.set_api(requests.as_ref().map(Requests::stats));
         self.tasks.requests = requests;
     }
 
@@ -83,12 +94,30 @@ impl<H: Host> Controller<H> {
         self.tasks.requests.take()
     }
 
-    /// Applies a configuration file, and starts the guest.
+    /// Sets the time that the process took to start, for metrics.
+    pub fn set_startup_times(&mut self, startup: StartupTimes) {
+        self.vm.metrics.set_startup(startup);
+    }
+
+    /// Writes metrics that are due. Returns how long the main thread may wait until the next call;
+    /// `None` for any time.
+    pub fn tick(&self) -> Option<Duration> {
+        self.vm.metrics.tick()
+    }
+
+    /// Applies a configuration file, and starts the guest. The CPU template is inline: the caller
+    /// has read it where it is in a file.
     pub fn start_from(&mut self, config: VmConfig) -> Result<(), CommandError> {
         if let Some(logger) = config.logger {
             self.run(Command::PutLogger(logger))?;
         }
+        if let Some(metrics) = config.metrics {
+            self.run(Command::PutMetrics(metrics))?;
+        }
         self.run(Command::PutMachineConfig(config.machine_config))?;
+        if let Some(template) = config.cpu_config.and_then(CpuConfigSource::inline) {
+            self.run(Command::PutCpuConfig(template))?;
+        }
         self.run(Command::PutBootSource(config.boot_source))?;
         if let Some(serial) = config.serial {
             self.run(Command::PutSerial(serial))?;
@@ -115,9 +144,22 @@ impl<H: Host> Controller<H> {
     pub fn run(&mut self, command: Command) -> Result<Reply, CommandError> {
         phase::check(&command, self.phase())?;
         let boot_command = command.describes_boot().then(|| command.name());
-        let reply = self.dispatch(command)?;
+        let operation = Operation::of(&command).map(|operation| (operation, Instant::now()));
+        let reply = self.dispatch(command);
+        self.publish_snapshot_job();
+        let reply = reply?;
+        if let Some((operation, begun)) = operation {
+            self.took(operation, begun.elapsed());
+        }
         self.boot_command = self.boot_command.or(boot_command);
         Ok(reply)
+    }
+
+    /// Notes how long an operation took. Tools match the words of the line.
+    fn took(&self, operation: Operation, took: Duration) {
+        self.vm.metrics.operations().durations.set(operation, took);
+        let (name, micros) = (operation.name_in_log(), took.as_micros());
+        log::info!(target: "vmm::rpc_interface", "'{name}' VMM action took {micros} us.");
     }
 
     fn dispatch(&mut self, command: Command) -> Result<Reply, CommandError> {
@@ -131,6 +173,10 @@ impl<H: Host> Controller<H> {
                 let config = vm.backends.settings.machine_config.updated(&update)?;
                 self.set_machine_config(config)?;
             }
+            Command::PutCpuConfig(template) => {
+                template.check()?;
+                vm.backends.settings.set_cpu_config(template);
+            }
             Command::PutBootSource(source) => self.set_boot_source(source)?,
             Command::PutLogger(logger) => {
                 tasks.host.set_up_logger(&logger).map_err(|source| CommandError::Log {
@@ -139,9 +185,17 @@ impl<H: Host> Controller<H> {
                 })?;
                 vm.backends.settings.logger = Some(logger);
             }
+            Command::PutMetrics(config) => {
+                config.check()?;
+                let last = vm.metrics.configure(&config, &vm.identity.id)?;
+                tasks.host.keep_last_line(last);
+            }
             Command::PutSerial(serial) => self.set_serial(serial)?,
             Command::PutDrive(drive) => drive_commands::put(vm, tasks, &drive)?,
-            Command::PatchDrive(update) => drive_commands::patch(vm, tasks, &update)?,
+            Command::PatchDrive(update) => {
+                let patched = drive_commands::patch(vm, tasks, &update);
+                patched.inspect_err(|_| vm.metrics.count_failed_update(&update.drive_id))?;
+            }
             Command::PutNetwork(network) => self.put_network(&network)?,
             Command::PatchNetwork(update) => self.patch_network(&update)?,
             Command::PutEntropy(entropy) => {
@@ -153,31 +207,42 @@ impl<H: Host> Controller<H> {
             Command::PutMmds(contents) => vm.metadata.put(contents, vm.lifecycle.has_started())?,
             Command::PatchMmds(patch) => vm.metadata.patch(patch, vm.lifecycle.has_started())?,
             Command::Start => boot::start(vm, tasks, self.boot_files.as_ref())?,
-            // Metrics have no destination yet, so there is nothing to flush. Questions are answered
-            // above.
-            Command::FlushMetrics
-            | Command::DescribeInstance
+            Command::FlushMetrics => vm.metrics.flush()?,
+            // Questions are answered above.
+            Command::DescribeInstance
             | Command::GetVersion
             | Command::GetOpenApi
             | Command::GetMachineConfig
             | Command::GetVmConfig
-            | Command::GetMmds => {}
+            | Command::GetMmds
+            | Command::GetMetrics => {}
             Command::SendCtrlAltDel => {
                 vm.lifecycle.machine().map_or(Ok(()), Machine::press_ctrl_alt_del)?;
             }
             Command::SetVmState(VmState::Paused) => {
+                let ran = vm.lifecycle.is_running();
                 pause::pause(vm, tasks)?;
+                if ran {
+                    vm.events.publish(&Event::Paused);
+                }
                 // The output of a paused guest can be read. If its reader stalls, it waits as
                 // always.
                 let machine = vm.lifecycle.machine();
                 let _ = machine.is_none_or(|machine| machine.drain_serial(SERIAL_DRAIN_TIMEOUT));
             }
             Command::SetVmState(VmState::Resumed) => {
+                let ran = vm.lifecycle.is_running();
                 vm.resume()?;
+                if !ran {
+                    vm.events.publish(&Event::Resumed);
+                }
                 drive_commands::settle_swaps(vm, tasks);
             }
-            Command::CreateSnapshot(create) => return snapshot::create(vm, tasks, &create),
-            Command::DescribeJob => return Ok(self.live_snapshot()?.describe()),
+            Command::CreateSnapshot(create) => {
+                let _kept_out = vm.keep_debugger_out()?;
+                return snapshot::create(vm, tasks, &create);
+            }
+            Command::DescribeJob => return Ok(Reply::Json(self.live_snapshot()?.describe())),
             Command::CancelJob => self.live_snapshot()?.cancel(),
             Command::LoadSnapshot(load) => {
                 if let Some(command) = self.boot_command {
@@ -185,7 +250,10 @@ impl<H: Host> Controller<H> {
                 }
                 snapshot::load(vm, tasks, &load)?;
             }
-            Command::Fork(fork) => return fork::fork(vm, tasks, &fork),
+            Command::Fork(fork) => {
+                let _kept_out = vm.keep_debugger_out()?;
+                return fork::fork(vm, tasks, &fork);
+            }
         }
         Ok(Reply::Empty)
     }
@@ -193,6 +261,31 @@ impl<H: Host> Controller<H> {
     /// Where the microVM is in its life.
     pub fn phase(&self) -> Phase {
         self.vm.lifecycle.phase()
+    }
+
+    /// Publishes an event that the process around the controller knows of: the guest's end or its
+    /// own.
+    pub fn publish(&self, event: &Event) {
+        self.vm.events.publish(event);
+    }
+
+    /// Publishes what the machine's threads have noticed.
+    pub fn publish_notices(&self, notices: Notices) {
+        notices.list.into_iter().for_each(|notice| self.publish(&Event::Notice(notice)));
+        self.vm.events.skip(notices.dropped);
+    }
+
+    /// A descriptor that is readable when the live snapshot that is being written is further, or
+    /// has ended. `None` if there is none.
+    pub fn snapshot_job_fd(&self) -> Option<BorrowedFd<'_>> {
+        self.vm.live_snapshot.as_ref().and_then(LiveSnapshotJob::lines_fd)
+    }
+
+    /// Reads how far the live snapshot is, and publishes it if there is something new.
+    pub fn publish_snapshot_job(&mut self) {
+        if let Some(news) = self.vm.live_snapshot.as_mut().and_then(LiveSnapshotJob::news) {
+            self.publish(&Event::Snapshot(news));
+        }
     }
 
     /// Waits at most `limit` until the guest's serial output is written.
@@ -204,12 +297,21 @@ impl<H: Host> Controller<H> {
     }
 
     /// Does what is left to do for the microVM when the process ends, whether it was started or
-    /// not: closes its overlays, which may take `limit`, and removes the sockets of its vsock
-    /// device.
+    /// not: closes its overlays, which may take `limit`, removes the sockets of its vsock device,
+    /// and writes the last line of metrics.
     pub fn shut_down(&mut self, limit: Duration) {
         self.vm.backends.drives.cancel_merges();
         shutdown::close_disks(&self.vm, limit);
         self.vm.backends.vsock = None;
+        // The last line. A line that is lost is logged.
+        let _ = self.vm.metrics.flush();
+    }
+
+    /// Reports the end of the guest to a debugger that is attached. No debugger is served any more.
+    pub fn end_debugging(&self, end: DebugEnd) {
+        if let Some(machine) = self.vm.lifecycle.machine() {
+            machine.end_debugging(end);
+        }
     }
 
     fn live_snapshot(&mut self) -> Result<&mut LiveSnapshotJob, CommandError> {
@@ -218,12 +320,7 @@ impl<H: Host> Controller<H> {
 
     fn set_machine_config(&mut self, config: MachineConfig) -> Result<(), CommandError> {
         config.check()?;
-        if let Some(template) = config.cpu_template.filter(|template| *template != CpuTemplate::None) {
-            log::warn!(
-                "cpu_template {template:?} is accepted and has no effect: this version shows the host's CPU"
-            );
-        }
-        self.vm.backends.settings.machine_config = config;
+        self.vm.backends.settings.set_machine_config(config);
         Ok(())
     }
 

@@ -78,6 +78,9 @@ pub(crate) fn patch<H: Host>(
     let (old, old_disk) = vm.backends.drives.get(id)?;
     let control = vm.lifecycle.machine().and_then(|machine| machine.devices().drive(id)).cloned();
     let control = control.ok_or_else(|| CommandError::NoSuchDrive(id.clone()))?;
+    if update.is_empty() {
+        return Err(CommandError::EmptyDriveUpdate(id.clone()));
+    }
     let drive = old.updated(update)?;
     let mut disk = old_disk.clone();
     let mut swaps = Vec::new();

@@ -15,6 +15,7 @@ use std::path::{Path, PathBuf};
 use block::DiskSwap;
 use block::disk::{Disk, DiskOptions, FileLocks};
 use config::{Drive, check_drives};
+use machine::{Notice, NoticeSink};
 
 use crate::CommandError;
 use crate::overlays::merging::Merges;
@@ -38,6 +39,8 @@ pub(crate) struct Drives {
     swaps: Vec<(String, DiskSwap)>,
     /// The layers of disks that are being merged.
     merges: Merges,
+    /// Where failed disks are reported, once [`Drives::report_failures`] was called.
+    notices: Option<NoticeSink>,
 }
 
 impl Drives {
@@ -56,6 +59,21 @@ impl Drives {
         };
         let slots = configs.into_iter().map(slot).collect::<Result<_, CommandError>>()?;
         Ok(Drives { slots, locks: locks.clone(), ..Drives::default() })
+    }
+
+    /// Reports to `notices` each disk, present or to come, whose contents become unknown.
+    pub(crate) fn report_failures(&mut self, notices: NoticeSink) {
+        self.notices = Some(notices);
+        self.iter().for_each(|(drive, disk)| self.report_failure_of(drive, disk));
+    }
+
+    fn report_failure_of(&self, drive: &Drive, disk: &Disk) {
+        let Some(notices) = self.notices.clone() else { return };
+        let device = format!("drive {}", drive.drive_id);
+        disk.on_contents_unknown(Box::new(move |unknown| {
+            let (device, error) = (device.clone(), unknown.to_string());
+            notices.post(Notice::DeviceError { device, error, needs_reset: false, times: 1 });
+        }));
     }
 
     /// The locks of this process's disks. Clones are the same locks.
@@ -119,6 +137,7 @@ impl Drives {
 
     /// Adds a drive, or puts `drive` in the place of the one that has its id.
     pub(crate) fn set(&mut self, config: Drive, disk: Disk) {
+        self.report_failure_of(&config, &disk);
         let at = self.position(&config.drive_id);
         let slot = DriveSlot { config, disk: Some(disk) };
         match at {

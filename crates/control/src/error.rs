@@ -9,8 +9,10 @@ use std::path::{Path, PathBuf};
 use config::ConfigError;
 use machine::legacy::KeyboardFull;
 use memory::ForkError;
+use memory::image::ImageError;
 use mmds::store::StoreError;
 
+use crate::metrics::MetricsError;
 use crate::phase::PhaseError;
 use crate::token::TaskError;
 
@@ -46,6 +48,9 @@ pub enum CommandError {
         /// The kernel's reason.
         source: std::io::Error,
     },
+    /// The output of metrics cannot be set, or lost a line.
+    #[error(transparent)]
+    Metrics(#[from] MetricsError),
     /// A file that the configuration names cannot be opened.
     #[error("cannot open the {what} {}: {source}", path.display())]
     OpenFile {
@@ -59,6 +64,9 @@ pub enum CommandError {
     /// There is no drive with this id.
     #[error("drive {0}: there is no such drive")]
     NoSuchDrive(String),
+    /// An update of this drive changes nothing.
+    #[error("drive {0}: PATCH names no field to change; give path_on_host, rate_limiter or overlay")]
+    EmptyDriveUpdate(String),
     /// Something is wrong with a drive's disk or overlay.
     #[error("drive {id}: {source}")]
     Drive {
@@ -163,6 +171,9 @@ pub enum CommandError {
     /// The machine cannot be restored from its saved state.
     #[error("cannot restore the saved microVM: {0}")]
     Restore(#[source] Source),
+    /// A snapshot or fork was requested while a debugger is attached.
+    #[error(transparent)]
+    DebuggerAttached(#[from] machine::debug::DebuggerAttached),
     /// The guest's memory cannot be forked.
     #[error(transparent)]
     ForkMemory(#[from] ForkError),
@@ -213,6 +224,17 @@ impl CommandError {
     /// A failed step of a fork, for `map_err`.
     pub(crate) fn fork<E: Into<Source>>(step: &'static str) -> impl FnOnce(E) -> Self {
         move |source| CommandError::Fork { step, source: source.into() }
+    }
+
+    /// Whether the command was cancelled, by a client or because the process ends.
+    pub(crate) fn is_cancelled(&self) -> bool {
+        match self {
+            CommandError::Task(error) => matches!(error, TaskError::Cancelled | TaskError::Abandoned),
+            CommandError::Snapshot(source) => {
+                matches!(source.downcast_ref(), Some(ImageError::Cancelled { .. }))
+            }
+            _ => false,
+        }
     }
 
     /// Whether the HTTP status is 413 instead of 400.

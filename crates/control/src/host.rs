@@ -6,11 +6,20 @@ use config::Logger;
 use machine::legacy::SerialSetup;
 
 use crate::child::ForkPlan;
+use crate::metrics::{LastLine, ProcessCounts};
 
 /// The process around a controller.
 pub trait Host {
     /// Configures the log as `logger` says. On an error the log is as it was.
     fn set_up_logger(&mut self, logger: &Logger) -> std::io::Result<()>;
+
+    /// Keeps what writes the last line of metrics, for an end by a panic or a fatal signal.
+    fn keep_last_line(&mut self, _last: LastLine) {}
+
+    /// What reads the counters of this process.
+    fn process_counts(&self) -> fn() -> ProcessCounts {
+        ProcessCounts::default
+    }
 
     /// Opens this process's standard input and output as the host end of a serial port.
     fn standard_io(&mut self) -> std::io::Result<SerialSetup>;

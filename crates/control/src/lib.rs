@@ -14,8 +14,10 @@
 //! - `live_snapshot`: the job of a live snapshot. `prefetch`: the working set of a restored guest.
 //! - `task`: the part of a long command that may wait for the host, on a thread of its own;
 //!   questions are answered meanwhile. `token`: how a task is cancelled.
+//! - [`metrics`]: counters for operators: lines in a file, and Prometheus text.
 //! - `openapi`: the description of the API, which the API serves.
 //! - `host`: what the process does for a controller.
+//! - [`events`]: what happened to the microVM, for clients that watch it.
 //! - [`http`]: HTTP/1.x as bytes in, requests out and back. No sockets.
 //! - [`api`]: the thread `fc_api`, which serves the API socket, and its channel to the main thread.
 //!
@@ -38,6 +40,7 @@ pub mod controller;
 mod drive_commands;
 mod drives;
 pub mod error;
+pub mod events;
 pub mod fork;
 mod host;
 pub mod http;
@@ -45,6 +48,7 @@ mod identity;
 mod lifecycle;
 mod live_snapshot;
 mod metadata;
+pub mod metrics;
 mod microvm;
 mod networks;
 mod openapi;

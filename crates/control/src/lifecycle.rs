@@ -24,7 +24,7 @@ use std::time::Duration;
 
 use machine::machine::{Machine, PauseError};
 use machine::vcpu::VcpuThreadDied;
-use machine::{EventSink, MachineEvent, Paused, Running, VcpuFault};
+use machine::{EventSink, MachineEvent, NoticeSink, Paused, Running, VcpuFault};
 
 use crate::{CommandError, Phase};
 
@@ -97,6 +97,11 @@ impl Lifecycle {
     /// Another sender of the machine's events, for a machine to be built.
     pub(crate) fn events(&self) -> std::io::Result<EventSink> {
         self.events.try_clone()
+    }
+
+    /// Posts notices about the guest.
+    pub(crate) fn notices(&self) -> NoticeSink {
+        self.events.notices()
     }
 
     /// Starts a machine that was built or restored, and lets it run if `resume`. On an error there

@@ -25,12 +25,14 @@ use memory::{GuestRam, PageSet};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::pipe::{PipeFlags, pipe_with};
 use serde::{Deserialize, Serialize};
-use serde_json::json;
+use serde_json::{Value, json};
 
-use crate::{CommandError, Reply};
+use crate::CommandError;
 
 /// The writer reports its progress after so many bytes, or a [`STEPS`]th of all if that is more.
 const REPORT_EVERY: u64 = 16 << 20;
+/// How often the progress of a job is published as an event.
+const PUBLISHED_STEPS: u64 = 8;
 /// Most reports of progress. Their lines and the last one fit into 4096 bytes, the smallest pipe
 /// that the kernel creates (for a user who has many). So a writer whose parent does not read still
 /// writes its snapshot, and ends.
@@ -51,6 +53,8 @@ pub(crate) struct LiveSnapshotJob {
     cancel: Option<OwnedFd>,
     progress: (u64, u64),
     end: Option<End>,
+    /// The bytes done when the job was last published; `None` once its end was.
+    published: Option<u64>,
     /// The pages that count as saved if the job succeeds.
     taken: Option<(GuestRam, PageSet)>,
 }
@@ -96,6 +100,7 @@ pub(crate) fn pair(create: &SnapshotCreate) -> std::io::Result<(LiveSnapshotJob,
         cancel: Some(cancel),
         progress: (0, 0),
         end: None,
+        published: Some(0),
         taken: None,
     };
     Ok((job, SnapshotWriter { lines: to_parent, cancel: cancelled, began, reported: AtomicU64::new(0) }))
@@ -134,16 +139,39 @@ impl LiveSnapshotJob {
         }
     }
 
-    /// The answer to `GET /snapshot/job`.
-    pub(crate) fn describe(&mut self) -> Reply {
+    /// Readable when the writer has reported something. `None` once the job has ended.
+    pub(crate) fn lines_fd(&self) -> Option<BorrowedFd<'_>> {
+        self.end.is_none().then(|| self.lines.as_fd())
+    }
+
+    /// The job's description if clients that watch the microVM are to get it: each time that
+    /// another [`PUBLISHED_STEPS`]th is done, and at its end.
+    pub(crate) fn news(&mut self) -> Option<Value> {
         self.read_lines();
+        let (done, total) = self.progress;
+        let (published, ended) = (self.published?, self.end.is_some());
+        if !ended && done.saturating_sub(published) < (total / PUBLISHED_STEPS).max(1) {
+            return None;
+        }
+        self.published = (!ended).then_some(done);
+        Some(self.description())
+    }
+
+    /// The answer to `GET /snapshot/job`.
+    pub(crate) fn describe(&mut self) -> Value {
+        self.read_lines();
+        self.description()
+    }
+
+    /// The job as far as the writer's lines were read.
+    pub(crate) fn description(&self) -> Value {
         let (state, elapsed, error) = match &self.end {
             None => (SnapshotJobState::Running, micros(self.began), None),
             Some(End::Done(us)) => (SnapshotJobState::Done, *us, None),
             Some(End::Cancelled(us)) => (SnapshotJobState::Cancelled, *us, None),
             Some(End::Failed(us, error)) => (SnapshotJobState::Failed, *us, Some(error.clone())),
         };
-        Reply::Json(json!(SnapshotJob {
+        json!(SnapshotJob {
             state,
             snapshot_path: self.create.snapshot_path.clone(),
             mem_file_path: self.create.mem_file_path.clone(),
@@ -153,7 +181,7 @@ impl LiveSnapshotJob {
             pause_us: Some(self.pause_us),
             elapsed_us: elapsed,
             error,
-        }))
+        })
     }
 
     /// Reads the lines that have arrived.
@@ -269,9 +297,26 @@ mod tests {
         pair(&create).unwrap()
     }
 
-    fn state(job: &mut LiveSnapshotJob) -> serde_json::Value {
-        let Reply::Json(description) = job.describe() else { panic!("no description") };
-        description
+    fn state(job: &mut LiveSnapshotJob) -> Value {
+        job.describe()
+    }
+
+    #[test]
+    fn progress_is_published_in_a_few_steps_and_the_end_once() {
+        for (total, step) in [(8_000, 10), (3, 1), (0, 1)] {
+            let (mut job, writer) = job();
+            let mut published = Vec::new();
+            for done in (0..=total).step_by(step) {
+                writer.report(&Line::Progress(done, total));
+                published.extend(job.news());
+            }
+            assert!(published.len() <= PUBLISHED_STEPS as usize, "{published:?}");
+            assert!(published.iter().all(|job| job["state"] == "Running" && job["bytes_done"] != 0));
+            assert!(job.lines_fd().is_some());
+            writer.report(&Line::Done(7));
+            assert_eq!(job.news().unwrap()["state"], "Done");
+            assert!(job.news().is_none() && job.lines_fd().is_none());
+        }
     }
 
     #[test]

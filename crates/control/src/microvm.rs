@@ -1,18 +1,23 @@
 //! [`MicroVm`]: everything that one microVM consists of, and the answers to questions about it.
 
 use std::borrow::Cow;
+use std::time::Duration;
 
 use config::{FullVmConfig, InstanceInfo, InstanceState, Version};
 use machine::EventSink;
+use machine::debug::KeptOut;
 use machine::devices::{DeviceSetup, limits};
 use machine::legacy::{Output, SerialSetup};
+use machine::machine::Machine;
 use serde::Serialize;
 use virtio::rate_limiter::RateLimiterConfig;
 
 use crate::backends::Backends;
+use crate::events::EventLog;
 use crate::lifecycle::Lifecycle;
 use crate::live_snapshot::LiveSnapshotJob;
 use crate::metadata::Metadata;
+use crate::metrics::{self, Group, Metrics, Of, Value};
 use crate::openapi::OPENAPI;
 use crate::prefetch::WorkingSetTask;
 use crate::settings::Settings;
@@ -30,6 +35,9 @@ pub(crate) struct MicroVm {
     /// The contents of the metadata service, and how the guest reaches it.
     pub(crate) metadata: Metadata,
     pub(crate) lifecycle: Lifecycle,
+    pub(crate) metrics: Metrics,
+    /// What happened to the microVM, for clients that watch it.
+    pub(crate) events: EventLog,
     /// The live snapshot that is being written, or was written last.
     pub(crate) live_snapshot: Option<LiveSnapshotJob>,
     /// Records or prefetches the working set of a restored guest.
@@ -37,15 +45,19 @@ pub(crate) struct MicroVm {
 }
 
 impl MicroVm {
-    /// A microVM that is not configured yet.
-    pub(crate) fn new(identity: Identity, platform: Platform, events: EventSink) -> Self {
+    /// A microVM that is not configured yet. `sink` is for its machine.
+    pub(crate) fn new(identity: Identity, platform: Platform, sink: EventSink, events: EventLog) -> Self {
+        let mut backends = Backends::default();
+        backends.drives.report_failures(sink.notices());
         MicroVm {
             identity,
             platform,
-            backends: Backends::default(),
+            backends,
             serial_output: None,
             metadata: Metadata::new(platform.mmds_size_limit),
-            lifecycle: Lifecycle::new(events),
+            lifecycle: Lifecycle::new(sink),
+            metrics: Metrics::new(),
+            events,
             live_snapshot: None,
             working_set: None,
         }
@@ -63,6 +75,12 @@ impl MicroVm {
         Ok(SerialSetup { output, input: None, limit: serial_limit(settings) })
     }
 
+    /// Keeps debuggers out of the guest as long as the value lives. An error if one is attached.
+    pub(crate) fn keep_debugger_out(&self) -> Result<Option<KeptOut>, CommandError> {
+        let machine = self.lifecycle.machine();
+        Ok(machine.map(Machine::keep_debugger_out).transpose()?.flatten())
+    }
+
     /// Resumes the guest, if it is paused.
     pub(crate) fn resume(&mut self) -> Result<(), CommandError> {
         self.working_set.iter_mut().for_each(WorkingSetTask::guest_runs);
@@ -72,7 +90,27 @@ impl MicroVm {
     /// The configuration as `GET /vm/config` shows it.
     fn shown_config(&self) -> FullVmConfig {
         let Backends { settings, drives, networks, .. } = &self.backends;
-        settings.with(drives.shown(), networks.configs())
+        let config = settings.with(drives.shown(), networks.configs()).in_force();
+        FullVmConfig { metrics: self.metrics.config(), ..config }
+    }
+
+    /// The totals of all counters as Prometheus text.
+    fn prometheus(&self) -> Reply {
+        let mut own = Vec::new();
+        for (drive, _) in self.backends.drives.iter() {
+            let Some(overlay) = &drive.overlay else { continue };
+            let layers = Value::Store(overlay.layers.len() as u64 + 1);
+            let of = Of::Device { label: "drive", id: drive.drive_id.clone() };
+            own.push(Group { name: "overlay", of, fields: vec![("layers", layers)] });
+        }
+        let prefetched = self.working_set.as_ref().and_then(WorkingSetTask::prefetched_pages);
+        own.extend(prefetched.map(|pages| Group::counts("prefetch", &[("pages", pages)])));
+        let info = [
+            ("id", &*self.identity.id),
+            ("state", self.lifecycle.phase().name()),
+            ("version", self.identity.version),
+        ];
+        Reply::Text { content_type: metrics::CONTENT_TYPE, body: self.metrics.prometheus(&info, own).into() }
     }
 
     fn describe(&self) -> InstanceInfo {
@@ -90,6 +128,10 @@ impl MicroVm {
 }
 
 impl Questions for MicroVm {
+    fn tick(&self) -> Option<Duration> {
+        self.metrics.tick()
+    }
+
     fn answer(&self, command: &Command) -> Option<Result<Reply, CommandError>> {
         Some(match command {
             Command::DescribeInstance => to_json(&self.describe()),
@@ -101,6 +143,7 @@ impl Questions for MicroVm {
             }
             Command::GetMachineConfig => to_json(&self.backends.settings.machine_config),
             Command::GetVmConfig => to_json(&self.shown_config()),
+            Command::GetMetrics => Ok(self.prometheus()),
             Command::GetMmds => self.metadata.get(self.lifecycle.has_started()).map(Reply::Json),
             _ => return None,
         })

@@ -24,19 +24,28 @@ impl Phase {
     }
 }
 
-/// A command that is not possible in the present phase.
+/// A command that is not possible in the present phase. The texts begin as Firecracker's, which
+/// clients match.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 pub enum PhaseError {
     /// The command configures a microVM before its start, and it has started.
-    #[error("{command} is possible only before the microVM starts, and it is {}", phase.name())]
+    #[error(
+        "The requested operation is not supported after starting the microVM: {command}{hint}; the microVM is {}",
+        phase.name()
+    )]
     OnlyBeforeStart {
         /// [`Command::name`].
         command: &'static str,
+        /// What the command would be after the start, if Firecracker has it.
+        hint: &'static str,
         /// The present phase.
         phase: Phase,
     },
     /// The command acts on a guest, and there is none yet.
-    #[error("{command} needs a started microVM, and it is {}", phase.name())]
+    #[error(
+        "The requested operation is not supported before starting the microVM: {command}; the microVM is {}",
+        phase.name()
+    )]
     OnlyAfterStart {
         /// [`Command::name`].
         command: &'static str,
@@ -61,13 +70,16 @@ fn allowed_in(command: &Command) -> AllowedIn {
         | Command::GetMachineConfig
         | Command::GetVmConfig
         | Command::GetMmds
+        | Command::GetMetrics
         | Command::PutMmds(_)
         | Command::PatchMmds(_) => AllowedIn::Always,
 
         Command::PutMachineConfig(_)
         | Command::PatchMachineConfig(_)
+        | Command::PutCpuConfig(_)
         | Command::PutBootSource(_)
         | Command::PutLogger(_)
+        | Command::PutMetrics(_)
         | Command::PutSerial(_)
         | Command::PutDrive(_)
         | Command::PutNetwork(_)
@@ -89,6 +101,14 @@ fn allowed_in(command: &Command) -> AllowedIn {
     }
 }
 
+/// What `command` would be after the start, if Firecracker has it.
+fn hint(command: &Command) -> &'static str {
+    match command {
+        Command::PutDrive(_) | Command::PutNetwork(_) => " (this version does not support hot-plug)",
+        _ => "",
+    }
+}
+
 /// Checks that `command` is possible in `phase`.
 pub fn check(command: &Command, phase: Phase) -> Result<(), PhaseError> {
     match (allowed_in(command), phase) {
@@ -96,7 +116,7 @@ pub fn check(command: &Command, phase: Phase) -> Result<(), PhaseError> {
         | (AllowedIn::BeforeStart, Phase::Configured)
         | (AllowedIn::AfterStart, Phase::Running | Phase::Paused) => Ok(()),
         (AllowedIn::BeforeStart, Phase::Running | Phase::Paused) => {
-            Err(PhaseError::OnlyBeforeStart { command: command.name(), phase })
+            Err(PhaseError::OnlyBeforeStart { command: command.name(), hint: hint(command), phase })
         }
         (AllowedIn::AfterStart, Phase::Configured) => {
             Err(PhaseError::OnlyAfterStart { command: command.name(), phase })
@@ -106,7 +126,9 @@ pub fn check(command: &Command, phase: Phase) -> Result<(), PhaseError> {
 
 #[cfg(test)]
 mod tests {
-    use config::{BootSource, Logger, MachineConfig, MachineConfigUpdate, Serial, VmState};
+    use config::{
+        BootSource, CpuConfig, Logger, MachineConfig, MachineConfigUpdate, Metrics, Serial, VmState,
+    };
     use serde_json::json;
 
     use super::*;
@@ -126,6 +148,7 @@ mod tests {
             Command::GetOpenApi,
             Command::GetMachineConfig,
             Command::GetVmConfig,
+            Command::GetMetrics,
         ] {
             assert_possible(&command, [true, true, true]);
         }
@@ -147,8 +170,10 @@ mod tests {
         for command in [
             Command::PutMachineConfig(MachineConfig::default()),
             Command::PatchMachineConfig(MachineConfigUpdate::default()),
+            Command::PutCpuConfig(CpuConfig::default()),
             Command::PutBootSource(boot_source),
             Command::PutLogger(Logger::default()),
+            Command::PutMetrics(Metrics::default()),
             Command::PutSerial(Serial::default()),
             Command::Start,
         ] {
@@ -169,10 +194,17 @@ mod tests {
     }
 
     #[test]
-    fn error_names_the_command_and_the_phase() {
+    fn error_has_the_text_that_clients_match_and_the_command() {
         let error = check(&Command::Start, Phase::Paused).unwrap_err().to_string();
-        assert!(error.contains("InstanceStart") && error.contains("Paused"), "{error}");
+        let text = "The requested operation is not supported after starting the microVM: \
+                    InstanceStart; the microVM is Paused";
+        assert_eq!(error, text);
         let error = check(&Command::SendCtrlAltDel, Phase::Configured).unwrap_err().to_string();
-        assert!(error.contains("SendCtrlAltDel") && error.contains("Not started"), "{error}");
+        let text = "The requested operation is not supported before starting the microVM: \
+                    SendCtrlAltDel; the microVM is Not started";
+        assert_eq!(error, text);
+        let network = serde_json::from_value(json!({"iface_id":"eth0","host_dev_name":"tap0"})).unwrap();
+        let error = check(&Command::PutNetwork(network), Phase::Running).unwrap_err().to_string();
+        assert!(error.contains("hot-plug"), "{error}");
     }
 }

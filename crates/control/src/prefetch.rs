@@ -20,7 +20,7 @@ use snapshot::FileId;
 #[derive(Debug)]
 pub(crate) enum WorkingSetTask {
     /// Fills in the recorded pages.
-    Prefetch(#[expect(dead_code, reason = "it runs until it is dropped")] Prefetch),
+    Prefetch(Prefetch),
     /// Starts a recording once the guest runs.
     ToRecord(ToRecord),
     /// Records the pages of the running guest.
@@ -47,6 +47,11 @@ pub(crate) struct Recording {
 }
 
 impl WorkingSetTask {
+    /// The pages that were filled in so far; `None` if none are to be.
+    pub(crate) fn prefetched_pages(&self) -> Option<u64> {
+        if let WorkingSetTask::Prefetch(prefetch) = self { Some(prefetch.pages()) } else { None }
+    }
+
     /// Starts before the guest runs: prefetches the working set that was recorded for the image at
     /// `path`, or prepares to record one.
     pub(crate) fn start(ram: &GuestRam, path: &Path, image: &ImageInfo) -> Self {

@@ -55,6 +55,12 @@ const THREAD_NAME: &str = "task";
 
 /// What answers questions while a task runs.
 pub(crate) trait Questions {
+    /// Writes metrics that are due. Returns how long the main thread may wait until the next call;
+    /// `None` for any time.
+    fn tick(&self) -> Option<Duration> {
+        None
+    }
+
     /// Answers a command that changes nothing and is possible in every phase. `None` for all other
     /// commands.
     fn answer(&self, command: &Command) -> Option<Result<Reply, CommandError>>;
@@ -208,7 +214,8 @@ impl<H: Host> Tasks<H> {
             let stop_at = stop.map(|_| 1);
             fds.extend(self.requests.as_ref().map(|r| PollFd::from_borrowed_fd(r.as_fd(), PollFlags::IN)));
             let left = deadline.map(|deadline| deadline.saturating_duration_since(Instant::now()));
-            let timeout = left.map(|left| Timespec::try_from(left).expect("a few seconds fit"));
+            let wait = left.into_iter().chain(responder.questions.tick()).min();
+            let timeout = wait.map(|wait| Timespec::try_from(wait).expect("a few minutes fit"));
             match poll(&mut fds, timeout.as_ref()) {
                 Ok(_) | Err(rustix::io::Errno::INTR) => {}
                 // The kernel has no memory. The join waits for the task, and nothing is answered.

@@ -14,6 +14,7 @@ use serde_json::Value;
 use super::*;
 use crate::api::{ApiServer, Limits};
 use crate::child::ForkPlan;
+use crate::events::EventLog;
 use crate::microvm::MicroVm;
 use crate::{Identity, Platform};
 
@@ -63,10 +64,11 @@ impl Monitor {
         let host = FakeHost { stop: stop.try_clone().unwrap() };
         let identity = Identity { id: "vm".into(), app_name: "test", version: "0", api_version: "0" };
         let platform = Platform { boot_timer: None, pci: false, mmds_size_limit: 1024, max_payload: 1024 };
-        let (sink, _events) = machine::event_channel().unwrap();
+        let (sink, _source) = machine::event_channel().unwrap();
+        let events = EventLog::new("vm");
         let mut tasks = Tasks::new(host);
-        tasks.requests = Some(api.spawn().unwrap());
-        Monitor { vm: MicroVm::new(identity, platform, sink), tasks, stop, dir }
+        tasks.requests = Some(api.spawn(events.clone()).unwrap());
+        Monitor { vm: MicroVm::new(identity, platform, sink, events), tasks, stop, dir }
     }
 
     fn run<T: Send + 'static>(

@@ -27,7 +27,7 @@ pub enum HeadError {
     /// `Content-Length` is not a number, or there are two with different values.
     #[error("Content-Length is `{0}`: it must be one decimal number")]
     BadContentLength(String),
-    /// The body has a transfer encoding, such as chunks.
+    /// The body has a transfer encoding other than `identity`, such as chunks.
     #[error("Transfer-Encoding is `{0}`: send the body in one piece, with Content-Length")]
     TransferEncoding(String),
 }
@@ -48,8 +48,8 @@ impl HeadParser {
 
     /// Returns the head at the start of `input`, or `None` until it is complete.
     ///
-    /// After `None` the next call must pass the same bytes and more. After a head, the next call is
-    /// for the next request. The headers are stored in `headers`; its length is their limit.
+    /// After `None` the next call must pass the same bytes and more. After a head or an error, the
+    /// next call is for the next request. The headers are stored in `headers`; its length is their limit.
     pub fn parse<'a>(
         &mut self,
         input: &'a [u8],
@@ -59,16 +59,15 @@ impl HeadParser {
         // the stream was cut.
         let within_limit = &input[..input.len().min(self.max_len)];
         let lines_end = within_limit.iter().rposition(|&byte| byte == b'\n').map_or(0, |at| at + 1);
-        if lines_end > self.parsed {
-            if let Some(head) = parse_lines(&input[..lines_end], headers)? {
-                self.parsed = 0;
-                return Ok(Some(head));
-            }
-            self.parsed = lines_end;
+        if lines_end > std::mem::take(&mut self.parsed)
+            && let Some(head) = parse_lines(&input[..lines_end], headers)?
+        {
+            return Ok(Some(head));
         }
         if input.len() >= self.max_len {
             return Err(HeadError::TooLong { limit: self.max_len });
         }
+        self.parsed = lines_end;
         Ok(None)
     }
 }
@@ -121,9 +120,9 @@ pub struct RequestHead<'a> {
 pub struct Framing {
     /// Length of the body in bytes; 0 without `Content-Length`.
     pub body_len: u64,
-    /// Whether the connection stays open after the response.
+    /// Whether the connection stays open after the response, by the rules of HTTP.
     pub keep_alive: bool,
-    /// Whether the client waits for `100 Continue` before it sends the body.
+    /// Whether the client asks for `100 Continue` before it sends the body.
     pub expects_continue: bool,
 }
 
@@ -145,7 +144,10 @@ impl<'a> RequestHead<'a> {
                 let len = decimal(value).filter(|len| content_length.is_none_or(|before| before == *len));
                 content_length = Some(len.ok_or_else(|| HeadError::BadContentLength(text()))?);
             } else if is("Transfer-Encoding") {
-                return Err(HeadError::TransferEncoding(text()));
+                // `identity` is no encoding. Old clients send it.
+                if !value.eq_ignore_ascii_case(b"identity") {
+                    return Err(HeadError::TransferEncoding(text()));
+                }
             } else if is("Connection") {
                 for option in value.split(|&byte| byte == b',').map(<[u8]>::trim_ascii) {
                     close |= option.eq_ignore_ascii_case(b"close");
@@ -159,8 +161,8 @@ impl<'a> RequestHead<'a> {
         Ok(Framing {
             body_len: content_length.unwrap_or(0),
             keep_alive: !close && (is_http11 || keep_alive),
-            // HTTP/1.0 has no interim responses.
-            expects_continue: expects_continue && is_http11,
+            // Also of a client of HTTP/1.0, which has no interim responses: it asks for one.
+            expects_continue,
         })
     }
 }
@@ -269,6 +271,8 @@ mod tests {
             framing("PUT / HTTP/1.1\r\nTransfer-Encoding: chunked\r\nContent-Length: 3\r\n\r\n"),
             Err(HeadError::TransferEncoding("chunked".into()))
         );
+        let identity = framing("PUT / HTTP/1.1\r\nTransfer-Encoding: Identity\r\nContent-Length: 3\r\n\r\n");
+        assert_eq!(identity.unwrap().body_len, 3);
     }
 
     #[test]
@@ -287,9 +291,9 @@ mod tests {
     }
 
     #[test]
-    fn only_http_1_1_clients_wait_for_continue() {
+    fn clients_of_every_version_can_ask_for_continue() {
         for (version, value, waits) in
-            [("1.1", "100-Continue", true), ("1.1", "x", false), ("1.0", "100-continue", false)]
+            [("1.1", "100-Continue", true), ("1.1", "x", false), ("1.0", "100-continue", true)]
         {
             let framing = framing(&format!("PUT / HTTP/{version}\r\nExpect: {value}\r\n\r\n")).unwrap();
             assert_eq!(framing.expects_continue, waits, "{version} {value}");

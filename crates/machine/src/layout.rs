@@ -72,6 +72,8 @@ pub const I8042: u16 = 0x60;
 pub const I8042_IRQ: u32 = 1;
 /// CMOS clock: index at 0x70, data at 0x71.
 pub const CMOS: u16 = 0x70;
+/// The pvpanic device: one port.
+pub const PVPANIC: u16 = 0x505;
 /// ACPI sleep control register: one port. The status register and the reset register follow.
 pub const ACPI_SLEEP_CONTROL: u16 = 0x600;
 /// ACPI sleep status register.

@@ -12,19 +12,22 @@
 //!     +-- kvm          /dev/kvm; the order of its calls, in types
 //!     +-- boot         kernel and initrd into guest memory; page tables, MP table, zero page, PVH
 //!     +-- acpi         ACPI tables
-//!     +-- cpu          CPUID, MSRs, registers; saved and restored
+//!     +-- cpu          CPUID, MSRs, registers; CPU templates; saved and restored
 //!     +-- vcpu         the threads that run the guest     vcpu_signal   how they are interrupted
+//!     +-- debug        gdb on a Unix socket: breakpoints, registers, memory
 //!     +-- chipset      PICs, I/O APIC, PIT, kvmclock; saved and restored
 //!     +-- devices      virtio devices: the device table, addresses, MMIO and PCI
-//!     +-- legacy       serial port, keyboard, CMOS clock, power registers, boot timer
+//!     +-- legacy       serial port, keyboard, CMOS clock, power registers, boot timer, pvpanic
 //!     +-- vm_gen_id    VM generation ID and VMClock
 //!     +-- page_watch   notices the end of a page server
 //!
 //!  below: bus          which device is at a port or address
-//!         events       what ends a guest, for the machine's owner
+//!         events       what ends a guest, and notices about it, for the machine's owner
 //!         layout       the guest's addresses, ports and interrupt lines
+//!         stats        counters of all parts
 //!         raw          KVM structures in the state file, with their sizes checked
 //!  aside: probe        whether this host's KVM runs unmodified guests
+//!         cpu_view     what a guest's vCPU shows, for tools
 //! ```
 //!
 //! # Lifecycle
@@ -42,6 +45,7 @@
 //! | `fc_vcpu N` | [`machine`] | runs the guest; accesses registers on its exits |
 //! | `io N` | [`devices`], if there are any | runs devices ([`virtio::worker`]) |
 //! | `serial` | [`legacy`] | connects the serial port to the host |
+//! | `gdb` | a machine with `gdb_socket_path` | serves a debugger ([`debug`]) |
 //! | `page_watch` | a restore with a page server | reports the server's end |
 //!
 //! # The order of KVM calls
@@ -57,7 +61,8 @@
 //!
 //! - [`StartError`], [`SaveError`], [`PauseError`](machine::PauseError): a step failed. Their texts
 //!   name the thing, the value and the bound. A machine that cannot be paused is returned, running.
-//! - [`MachineEvent`]: the guest ended. Nothing that a guest does panics this process.
+//! - [`MachineEvent`]: the guest ended. [`Notice`]: its kernel panicked, or a device failed; it
+//!   continues. Nothing that a guest does panics this process.
 //! - [`VcpuThreadDied`](vcpu::VcpuThreadDied): a bug in this monitor.
 //!
 //! # Invariants
@@ -78,13 +83,15 @@
 //! # Callers
 //!
 //! `control` owns the machine and decides what may be done with it when. `vmm` creates the event
-//! channel and the outputs. `xtask` asks the [`probe`].
+//! channel and the outputs, and its tools for CPU templates ask [`shown_cpu`]. `xtask` asks the
+//! [`probe`].
 
 #![deny(unsafe_code)]
 
 pub mod boot;
 pub mod bus;
 pub mod chipset;
+pub mod debug;
 pub mod devices;
 pub mod events;
 pub mod kvm;
@@ -93,16 +100,23 @@ pub mod legacy;
 pub mod machine;
 pub mod probe;
 pub mod state;
+pub mod stats;
 pub mod vcpu;
 
 mod acpi;
 mod cpu;
+mod cpu_view;
 mod page_watch;
 mod raw;
 mod vcpu_signal;
 mod vm_gen_id;
 
+pub use cpu::{TemplateError, static_template};
+pub use cpu_view::shown_cpu;
 pub use devices::{DeviceSetup, Devices};
-pub use events::{EventSink, EventSource, MachineEvent, VcpuFault, event_channel};
+pub use events::{
+    EventSink, EventSource, MachineEvent, Notice, NoticeSink, Notices, VcpuFault, event_channel,
+};
 pub use machine::{Paused, Restore, Running, SaveError, Setup, StartError};
 pub use state::MachineState;
+pub use stats::MachineStats;

@@ -21,6 +21,9 @@
 //! `Connect` gives it the buses, which are filled after the vCPUs have their state. Both come
 //! before the first `Resume`.
 //!
+//! A debugger has requests of its own ([`debug`]), from another thread. It can hold a vCPU, which
+//! then does not run until it is released, and answers its owner as a paused one does.
+//!
 //! # Exits
 //!
 //! On a port or MMIO exit the thread finds the address on a bus and accesses registers. It waits
@@ -35,7 +38,10 @@
 //! - Any other error ends the guest. `EFAULT` is one: KVM cannot access a page of guest memory (a
 //!   bad sector under a memory file, no free huge page), and would fail again.
 
+pub(crate) mod debug;
+
 use std::cell::Cell;
+use std::ops::ControlFlow;
 use std::sync::Arc;
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, TryRecvError, channel};
 use std::thread::JoinHandle;
@@ -50,7 +56,9 @@ use crate::bus::Buses;
 use crate::cpu::{StateFormat, VcpuState};
 use crate::events::{EventSink, MachineEvent, VcpuFault};
 use crate::kvm::KvmError;
+use crate::stats::VcpuStats;
 use crate::vcpu_signal::{self, ThreadVcpu};
+use debug::{BREAKPOINT_EXCEPTION, DebugExit, DebugPort, DebugRequest};
 
 /// Longest x86 instruction in bytes.
 const MAX_INSTRUCTION: u64 = 15;
@@ -65,6 +73,9 @@ const SIGNAL_INTERVAL: Duration = Duration::from_millis(2);
 /// next try. A host that is out of memory returns `ENOMEM` every time.
 const ENTRY_RETRIES: u32 = 32;
 
+/// `KVM_INTERNAL_ERROR_EMULATION`: KVM cannot emulate an instruction.
+const CANNOT_EMULATE: u32 = 1;
+
 /// What the owner asks of a vCPU thread.
 #[derive(Debug, Clone)]
 enum Request {
@@ -76,6 +87,8 @@ enum Request {
     Pause,
     /// Only while paused.
     Save(Arc<StateFormat>),
+    /// From a debugger, at any time.
+    Debug(DebugRequest),
     Stop,
 }
 
@@ -114,7 +127,28 @@ pub(crate) struct VcpuHandle {
     answers: Receiver<Answer>,
     /// Pauses that were requested and are not acknowledged yet.
     pauses: Cell<u32>,
-    thread: Option<JoinHandle<()>>,
+    /// Shared with the [`DebugLink`] of a debugger, which ends first.
+    thread: Option<Arc<JoinHandle<()>>>,
+    stats: Arc<VcpuStats>,
+}
+
+/// A debugger's end of a vCPU thread.
+#[derive(Debug)]
+pub(crate) struct DebugLink {
+    requests: Sender<Request>,
+    thread: Arc<JoinHandle<()>>,
+}
+
+impl DebugLink {
+    /// Sends a request to the vCPU. A vCPU that runs reads it at the next [signal](Self::signal).
+    pub(crate) fn send(&self, request: DebugRequest) -> bool {
+        self.requests.send(Request::Debug(request)).is_ok()
+    }
+
+    /// Makes a vCPU that runs read its requests. One signal may not be enough with a software KVM.
+    pub(crate) fn signal(&self) {
+        vcpu_signal::send(&self.thread);
+    }
 }
 
 impl VcpuHandle {
@@ -129,13 +163,30 @@ impl VcpuHandle {
     ) -> std::io::Result<Self> {
         let (requests, inbox) = channel();
         let (answer, answers) = channel();
+        let stats = Arc::<VcpuStats>::default();
+        let of_thread = Arc::clone(&stats);
         let thread = sync::thread::spawn(format!("fc_vcpu {id}"), None, move || {
             let fd = ThreadVcpu::new(fd, run_size);
             let buses = Arc::default();
             let entry_errors = EntryErrors::default();
-            Vcpu { id, fd, ram, buses, events, inbox, answer, entry_errors, halted: false }.run();
+            let stats = of_thread;
+            let (resumed, halted, debug) = (false, false, None);
+            Vcpu { id, fd, ram, buses, events, inbox, answer, entry_errors, resumed, halted, debug, stats }
+                .run();
         })?;
-        Ok(VcpuHandle { id, requests, answers, pauses: Cell::new(0), thread: Some(thread) })
+        let thread = Some(Arc::new(thread));
+        Ok(VcpuHandle { id, requests, answers, pauses: Cell::new(0), thread, stats })
+    }
+
+    /// The counters of the vCPU.
+    pub(crate) fn stats(&self) -> Arc<VcpuStats> {
+        Arc::clone(&self.stats)
+    }
+
+    /// Another sender of requests, for a debugger. `None` once the thread was abandoned.
+    pub(crate) fn debug_link(&self) -> Option<DebugLink> {
+        let thread = Arc::clone(self.thread.as_ref()?);
+        Some(DebugLink { requests: self.requests.clone(), thread })
     }
 
     /// Asks a new vCPU, which is [prepared](VcpuState::prepare), to take its saved state.
@@ -252,7 +303,8 @@ impl Drop for VcpuHandle {
         self.request_stop();
         // Answers to requests that were given up may still arrive.
         while self.thread.is_some() && self.wait(None).is_ok() {}
-        if let Some(thread) = self.thread.take() {
+        // A debugger's thread ends before the handles of its vCPUs.
+        if let Some(thread) = self.thread.take().and_then(Arc::into_inner) {
             let joined = thread.join();
             debug_assert!(joined.is_ok(), "vCPU threads do not panic");
         }
@@ -269,54 +321,85 @@ struct Vcpu {
     inbox: Receiver<Request>,
     answer: Sender<Answer>,
     entry_errors: EntryErrors,
+    /// The owner has resumed the vCPU and not paused it since.
+    resumed: bool,
     /// KVM cannot run the guest any more.
     halted: bool,
+    stats: Arc<VcpuStats>,
+    /// The debugger, if the guest has one.
+    debug: Option<Box<DebugPort>>,
 }
 
 impl Vcpu {
     /// Serves requests, and runs the guest between `Resume` and `Pause`, until `Stop`.
     fn run(mut self) {
         loop {
-            match self.inbox.recv() {
-                Ok(Request::Restore(state, format)) => self.restore_state(&state, &format),
-                Ok(Request::Connect(buses)) => self.buses = buses,
-                Ok(Request::Resume) if self.halted => {}
-                Ok(Request::Resume) => {
-                    if self.run_guest().is_break() {
-                        return;
-                    }
-                }
-                Ok(Request::Pause) => self.acknowledge_pause(),
-                Ok(Request::Save(format)) => self.send_state(&format),
-                Ok(Request::Stop) | Err(_) => return,
+            if self.may_run() && self.run_guest().is_break() {
+                return;
+            }
+            match self.inbox.recv().map(|request| self.serve(request)) {
+                Ok(ControlFlow::Continue(())) => {}
+                Ok(ControlFlow::Break(())) | Err(_) => return,
             }
         }
     }
 
-    /// Runs the guest until a pause or its end. Breaks if the thread is to end.
-    fn run_guest(&mut self) -> std::ops::ControlFlow<()> {
-        use std::ops::ControlFlow::{Break, Continue};
-        loop {
+    /// Whether the guest runs now.
+    fn may_run(&self) -> bool {
+        self.resumed && !self.halted && !self.debug.as_ref().is_some_and(|debug| debug.holds())
+    }
+
+    /// Serves one request. Breaks if the thread is to end. The owner sends most requests to paused
+    /// vCPUs only.
+    fn serve(&mut self, request: Request) -> ControlFlow<()> {
+        match request {
+            Request::Restore(state, format) => self.restore_state(&state, &format),
+            Request::Connect(buses) => self.buses = buses,
+            Request::Resume => self.resumed = true,
+            Request::Pause => {
+                self.resumed = false;
+                self.acknowledge_pause();
+            }
+            Request::Save(format) => self.send_state(&format),
+            Request::Debug(DebugRequest::Attach(reports)) => {
+                self.debug = Some(Box::new(DebugPort::new(reports)));
+            }
+            Request::Debug(request) => {
+                if let Some(debug) = &mut self.debug {
+                    debug.serve(&self.fd, &request);
+                }
+            }
+            Request::Stop => return ControlFlow::Break(()),
+        }
+        ControlFlow::Continue(())
+    }
+
+    /// Runs the guest until a pause, a hold or its end. Breaks if the thread is to end.
+    fn run_guest(&mut self) -> ControlFlow<()> {
+        while self.may_run() {
             match self.run_once() {
                 RunOutcome::Continue => {}
                 RunOutcome::Halted(event) => {
                     self.halted = true;
+                    if matches!(event, MachineEvent::Fatal(_)) {
+                        self.stats.failures.add(1);
+                    }
                     self.events.post(event);
-                    return Continue(());
                 }
                 // Requests are read here, where no access of the guest is half done.
                 RunOutcome::Interrupted => match self.inbox.try_recv() {
-                    Ok(Request::Pause) => {
-                        self.acknowledge_pause();
-                        return Continue(());
-                    }
-                    Ok(Request::Stop) | Err(TryRecvError::Disconnected) => return Break(()),
-                    // The owner sends the others to paused vCPUs only.
-                    Ok(Request::Resume | Request::Save(_) | Request::Restore(..) | Request::Connect(_))
-                    | Err(TryRecvError::Empty) => {}
+                    Ok(request) => self.serve(request)?,
+                    Err(TryRecvError::Disconnected) => return ControlFlow::Break(()),
+                    Err(TryRecvError::Empty) => {}
                 },
+                RunOutcome::Trapped(exit) => {
+                    if let Some(debug) = &mut self.debug {
+                        debug.stop(&self.fd, exit);
+                    }
+                }
             }
         }
+        ControlFlow::Continue(())
     }
 
     /// Enters the guest once, and handles its exit.
@@ -327,19 +410,19 @@ impl Vcpu {
         }
         match exit {
             Ok(VcpuExit::IoOut(port, data)) => {
-                self.buses.ports.write(port.into(), data);
+                self.stats.io_out.measure(|| _ = self.buses.ports.write(port.into(), data));
                 RunOutcome::Continue
             }
             Ok(VcpuExit::IoIn(port, data)) => {
-                self.buses.ports.read(port.into(), data);
+                self.stats.io_in.measure(|| _ = self.buses.ports.read(port.into(), data));
                 RunOutcome::Continue
             }
             Ok(VcpuExit::MmioWrite(addr, data)) => {
-                self.buses.mmio.write(addr, data);
+                self.stats.mmio_write.measure(|| _ = self.buses.mmio.write(addr, data));
                 RunOutcome::Continue
             }
             Ok(VcpuExit::MmioRead(addr, data)) => {
-                self.buses.mmio.read(addr, data);
+                self.stats.mmio_read.measure(|| _ = self.buses.mmio.read(addr, data));
                 RunOutcome::Continue
             }
             Ok(VcpuExit::Intr) => self.interrupted(),
@@ -351,8 +434,15 @@ impl Vcpu {
                 let reason = format!("unexpected KVM_EXIT_SYSTEM_EVENT of type {kind}");
                 RunOutcome::Halted(MachineEvent::Fatal(self.fault(reason)))
             }
+            Ok(VcpuExit::Debug(exit)) if self.debug.is_some() => {
+                RunOutcome::Trapped(DebugExit { exception: exit.exception, pc: exit.pc, dr6: exit.dr6 })
+            }
             Ok(VcpuExit::InternalError) => {
-                let reason = internal_error(self.fd.internal_suberror());
+                let suberror = self.fd.internal_suberror();
+                if let Some(exit) = self.breakpoint_not_emulated(suberror) {
+                    return RunOutcome::Trapped(exit);
+                }
+                let reason = internal_error(suberror);
                 RunOutcome::Halted(MachineEvent::Fatal(self.fault(reason)))
             }
             Ok(VcpuExit::FailEntry(reason, cpu)) => {
@@ -374,6 +464,18 @@ impl Vcpu {
         }
     }
 
+    /// The exit for a debugger's `int3` that a software KVM (PVM) interpreted: it reports an
+    /// instruction that it cannot emulate.
+    fn breakpoint_not_emulated(&self, suberror: u32) -> Option<DebugExit> {
+        const INT3: u8 = 0xcc;
+        if suberror != CANNOT_EMULATE || !self.debug.as_ref().is_some_and(|debug| debug.traps_int3()) {
+            return None;
+        }
+        let (rip, bytes) = current_instruction(&self.fd, &self.ram)?;
+        let trapped = bytes.first() == Some(&INT3);
+        trapped.then_some(DebugExit { exception: BREAKPOINT_EXCEPTION, pc: rip, dr6: 0 })
+    }
+
     /// The text of an error of `KVM_RUN`.
     fn run_error(&self, errno: i32) -> String {
         if errno == libc::EFAULT && self.ram.huge_pages() == HugePages::Hugetlbfs2M {
@@ -392,7 +494,9 @@ impl Vcpu {
     fn acknowledge_pause(&self) {
         // Notifies the guest's watchdogs that time will jump. KVM refuses it for a guest that has
         // set up no such clock.
-        let _ = self.fd.kvmclock_ctrl();
+        if self.fd.kvmclock_ctrl().is_err() {
+            self.stats.kvmclock_ctrl_fails.add(1);
+        }
         // If the owner is gone, no one waits for the answer.
         let _ = self.answer.send(Answer::Paused);
     }
@@ -425,6 +529,8 @@ enum RunOutcome {
     Continue,
     /// A signal came: there may be a request.
     Interrupted,
+    /// The guest stops for its debugger.
+    Trapped(DebugExit),
     /// KVM cannot run the guest any more.
     Halted(MachineEvent),
 }
@@ -465,7 +571,7 @@ impl EntryErrors {
 /// The text of a `KVM_EXIT_INTERNAL_ERROR`.
 pub(crate) fn internal_error(suberror: u32) -> String {
     let words = match suberror {
-        1 => "an instruction that KVM cannot emulate",
+        CANNOT_EMULATE => "an instruction that KVM cannot emulate",
         2 => "simultaneous exceptions",
         3 => "an exit while an event was being delivered",
         4 => "an exit that KVM does not know",

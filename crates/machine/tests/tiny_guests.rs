@@ -41,6 +41,7 @@ fn guest(kernel: &Elf, config: &MachineConfig) -> Option<Guest> {
     let (sink, events) = event_channel().unwrap();
     let machine = Paused::build(Setup {
         config,
+        cpu_config: None,
         boot: BootFiles { kernel: file, initrd: None, cmdline: String::new() },
         serial: SerialSetup {
             output: Some(Output::open(&serial).unwrap()),
@@ -205,6 +206,7 @@ fn restored(
     let (sink, _events) = event_channel().unwrap();
     Paused::restore(Restore {
         config,
+        cpu_config: None,
         state,
         ram,
         page_server: None,

@@ -91,10 +91,11 @@ impl Service {
         match request.method {
             Method::Get => self.get(request, now),
             Method::Put => self.put(request, now),
-            Method::Head | Method::Other => {
+            Method::NotAllowed => {
                 let header = Some(("Allow", "GET, PUT".to_owned()));
                 Response { header, ..text(405, "Not allowed HTTP method.") }
             }
+            Method::Head | Method::Other => text(501, "Unsupported HTTP method."),
         }
     }
 
@@ -104,7 +105,8 @@ impl Service {
         }
         let format = if self.config.imds_compat { Format::Text } else { request.format };
         match self.store.lock().read(&request.path, format) {
-            Ok(body) => found(body, content_type(format)),
+            // As Firecracker, also if `imds_compat` decides that the body is text.
+            Ok(body) => found(body, content_type(request.format)),
             Err(ReadError::Missing) => not_found(request),
             Err(ReadError::NoTextFormat) => {
                 text(501, "Cannot retrieve value. The value has an unsupported type.")
@@ -242,8 +244,11 @@ mod tests {
     #[test]
     fn imds_compat_always_responds_in_text() {
         let service = service(MmdsVersion::V1, true);
-        let response = service.respond(&get("/latest", Format::Json), NOW);
-        assert_eq!(outcome(&response), (200, "meta-data/"));
+        for (format, media_type) in [(Format::Json, "application/json"), (Format::Text, "text/plain")] {
+            let response = service.respond(&get("/latest", format), NOW);
+            assert_eq!(outcome(&response), (200, "meta-data/"));
+            assert_eq!(response.content.unwrap().0, media_type);
+        }
     }
 
     #[test]
@@ -290,8 +295,13 @@ mod tests {
     }
 
     #[test]
-    fn other_methods_are_not_allowed() {
-        let response = service(MmdsVersion::V1, false).respond(&request(Method::Other, "/latest"), NOW);
+    fn other_methods_are_not_allowed_or_not_supported() {
+        let service = service(MmdsVersion::V1, false);
+        let response = service.respond(&request(Method::NotAllowed, "/latest"), NOW);
         assert_eq!((response.status, header(&response)), (405, Some(("Allow", "GET, PUT"))));
+        for method in [Method::Head, Method::Other] {
+            let response = service.respond(&request(method, "/latest"), NOW);
+            assert_eq!((response.status, header(&response)), (501, None));
+        }
     }
 }

@@ -1,5 +1,5 @@
-//! Listening Unix sockets and their files, once for the API socket and the sockets of vsock
-//! devices.
+//! Listening Unix sockets and their files, once for the API socket, the sockets of vsock
+//! devices and those of debuggers.
 //!
 //! [`bind`] creates a socket at a path where nothing exists, and never replaces a file. The
 //! [`SocketFile`] removes the file when it is dropped.
@@ -7,6 +7,7 @@
 //! # Invariants
 //!
 //! - Only the file that was created is removed. Another file that has its path now stays.
+//! - After [`leave_all`] this process removes none.
 //! - Only one process removes it. A forked process has a copy of the [`SocketFile`], and dropping
 //!   that does nothing before [`SocketFile::adopt`].
 //!
@@ -22,6 +23,7 @@ use std::os::fd::OwnedFd;
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use rustix::io::Errno;
 pub use rustix::net::SocketType;
@@ -92,6 +94,15 @@ impl std::fmt::Display for Occupant {
     }
 }
 
+/// Whether files stay when their [`SocketFile`] is dropped.
+static LEFT: AtomicBool = AtomicBool::new(false);
+
+/// Leaves the files of all sockets of this process in place from now on. For the end of a process
+/// whose clients remove the files themselves.
+pub fn leave_all() {
+    LEFT.store(true, Ordering::Relaxed);
+}
+
 /// The file of a socket. It is removed with this value, unless another file has taken its place.
 #[derive(Debug)]
 pub struct SocketFile {
@@ -121,7 +132,7 @@ impl SocketFile {
 
 impl Drop for SocketFile {
     fn drop(&mut self) {
-        let is_owner = self.owner == Some(std::process::id());
+        let is_owner = self.owner == Some(std::process::id()) && !LEFT.load(Ordering::Relaxed);
         if is_owner && identity(&self.path).is_ok_and(|present| present == self.identity) {
             // A file that cannot be removed stays. The next bind reports it as a leftover.
             let _ = fs::remove_file(&self.path);

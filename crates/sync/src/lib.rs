@@ -1,5 +1,5 @@
-//! What threads share, once for every crate: [`locked`], [`Counter`] and [`EventFd`]; and how every
-//! [`thread`] is started.
+//! What threads share, once for every crate: [`locked`], [`Counter`], [`Latency`] and [`EventFd`];
+//! and how every [`thread`] is started.
 //!
 //! This crate is a leaf. Nothing in it logs or waits for anything but a mutex. A counter and an
 //! eventfd allocate nothing after their construction.
@@ -8,9 +8,11 @@
 
 mod counter;
 mod eventfd;
+mod latency;
 mod lock;
 pub mod thread;
 
 pub use counter::Counter;
 pub use eventfd::EventFd;
+pub use latency::{Latency, LatencyTotals};
 pub use lock::locked;

@@ -41,7 +41,7 @@ use crate::worker::Task;
 use sync::EventFd;
 
 pub use crate::feature;
-pub use crate::interrupt::Interrupt;
+pub use crate::interrupt::{Interrupt, TransportStats};
 pub use state::{DecodeError, DeviceData, DeviceState};
 
 /// The device id (chapter 5).

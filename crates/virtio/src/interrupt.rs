@@ -2,6 +2,19 @@
 
 use std::fmt;
 
+use sync::Counter;
+
+/// Counters of one device's transport; they only grow.
+#[derive(Debug, Default)]
+pub struct TransportStats {
+    /// Interrupts that the device raised.
+    pub interrupts: Counter,
+    /// MSI-X vectors that the driver gave another message.
+    pub vector_updates: Counter,
+    /// Times that the device needed a reset.
+    pub device_errors: Counter,
+}
+
 /// A device's notifications to its driver. The transports implement it.
 ///
 /// The calls do not wait. They take no lock of a transport, and only locks that are held for a few

@@ -39,6 +39,7 @@ mod reset;
 mod tests;
 
 use std::io;
+use std::sync::Arc;
 use std::time::Duration;
 
 use memory::GuestRam;
@@ -49,7 +50,7 @@ use crate::worker::Workers;
 use sync::EventFd;
 
 pub use core::CommonState;
-pub use device_status::Status;
+pub use device_status::{FailureObserver, Status};
 pub use reset::Resetting;
 
 /// The longest wait for a reset on transports whose drivers do not poll.
@@ -65,6 +66,8 @@ pub struct Attachment {
     pub memory: GuestRam,
     /// The workers that run its tasks.
     pub workers: Workers,
+    /// Learns when it fails.
+    pub failures: Arc<dyn FailureObserver>,
 }
 
 /// The writes to an address that are kicks.

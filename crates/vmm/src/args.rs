@@ -7,12 +7,14 @@ use config::{InstanceId, LogLevel, Logger};
 use lexopt::prelude::*;
 use machine::legacy::StartTimes;
 
-use crate::flags::{ArgsError, once, text};
+use crate::cpu_template_tool;
+use crate::flags::{ArgsError, Parser, once, text};
 use crate::overlay_tool;
 use crate::personality::Personality;
 use crate::restore::{self, Restore};
 use crate::snapshot_tool::Tool;
 use crate::snapshot_tool::args as tool;
+use crate::snapshot_tool::program::Program;
 
 /// The API socket if no flag names one.
 const DEFAULT_API_SOCKET: &str = "/run/firecracker.socket";
@@ -33,6 +35,8 @@ pub(crate) enum Invocation {
     SnapshotTool(Tool),
     /// Run a tool for overlay files, without a microVM.
     OverlayTool(overlay_tool::Tool),
+    /// Run a tool for CPU templates, without a guest.
+    CpuTemplateTool(cpu_template_tool::Tool),
 }
 
 /// The options of a microVM's process.
@@ -45,15 +49,21 @@ pub(crate) struct Args {
     pub(crate) restore: Option<Restore>,
     pub(crate) id: String,
     pub(crate) logger: Logger,
+    /// The output of metrics.
+    pub(crate) metrics_path: Option<PathBuf>,
     pub(crate) boot_timer: bool,
     /// Whether devices are on virtio-pci instead of virtio-mmio.
     pub(crate) pci: bool,
+    /// The file of seccomp filters, which has no effect.
+    pub(crate) seccomp_filter: Option<PathBuf>,
     /// Largest body of an API request, in bytes.
     pub(crate) max_payload: usize,
     /// The file with the first contents of the metadata service.
     pub(crate) metadata: Option<PathBuf>,
     /// Largest contents of the metadata service, in bytes of JSON.
     pub(crate) mmds_size_limit: usize,
+    /// The inherited descriptor that learns when this process is ready.
+    pub(crate) events_fd: Option<u32>,
     start_time_us: Option<u64>,
     start_time_cpu_us: Option<u64>,
     parent_cpu_time_us: Option<u64>,
@@ -71,11 +81,8 @@ impl Args {
     }
 }
 
-/// The flags of Firecracker that this version does not support.
-const NOT_SUPPORTED: [&str; 2] = ["seccomp-filter", "metrics-path"];
-
 /// The flags, for `--help`.
-const FLAGS: [(&str, &str); 20] = [
+const FLAGS: [(&str, &str); 23] = [
     ("--api-sock PATH", "serve the API on this Unix socket (/run/firecracker.socket)"),
     ("--no-api", "serve no API; needs --config-file or --restore"),
     ("--config-file PATH", "configure the microVM from this JSON file and start it"),
@@ -86,14 +93,20 @@ const FLAGS: [(&str, &str); 20] = [
     ("--module MODULE", "log only lines of modules with this prefix"),
     ("--show-level", "show the level in each line of the log"),
     ("--show-log-origin", "show the source file and line in each line of the log"),
+    ("--metrics-path PATH", "write lines of metrics to this file or FIFO"),
     ("--http-api-max-payload-size N", "largest body of an API request, in bytes (51200)"),
     ("--metadata PATH", "let the guest read this JSON file from the metadata service"),
     (
         "--mmds-size-limit N",
         "longest contents of the metadata service, in bytes of JSON (the largest body of a request)",
     ),
+    (
+        "--events-fd N",
+        "write \"A\" to this inherited descriptor when the API answers, and \"R\" when the guest runs",
+    ),
     ("--enable-pci", "put virtio devices on PCI instead of virtio-mmio"),
     ("--no-seccomp", "accepted; this version installs no filters"),
+    ("--seccomp-filter FILE", "accepted with a warning; this version installs no filters"),
     (
         "--start-time-us N, --start-time-cpu-us N, --parent-cpu-time-us N",
         "start times for the boot timer, set by a jailer",
@@ -110,7 +123,7 @@ pub(crate) fn help(personality: Personality) -> String {
         flags.iter().flat_map(|(flag, what)| ["  ", *flag, "\n        ", *what, "\n"]).collect()
     };
     format!(
-        "{}\nOne process, one microVM on Linux/KVM.\n\n{}\nRestoring a snapshot:\n\n{}\nTools for snapshots: vesta-vmm snapshot --help\nTools for overlays: vesta-vmm overlay --help\n",
+        "{}\nOne process, one microVM on Linux/KVM.\n\n{}\nRestoring a snapshot:\n\n{}\nTools for snapshots: vesta-vmm snapshot --help\nTools for overlays: vesta-vmm overlay --help\nTools for CPU templates: vesta-vmm cpu-template --help\n",
         personality.version_text().trim_end(),
         listed(&FLAGS),
         listed(&restore::FLAGS)
@@ -119,9 +132,12 @@ pub(crate) fn help(personality: Personality) -> String {
 
 /// Reads a command line, the program's name first.
 pub(crate) fn parse(args: impl IntoIterator<Item = OsString>) -> Result<Invocation, ArgsError> {
-    let mut parser = lexopt::Parser::from_iter(args);
-    if let Some(program) = tool::Program::named(parser.bin_name()) {
-        return program.parse(parser).map(Invocation::SnapshotTool);
+    let mut parser = Parser::new(args);
+    if let Some(program) = Program::named(parser.bin_name()) {
+        return tool::parse_as(program, parser.into_tool()).map(Invocation::SnapshotTool);
+    }
+    if cpu_template_tool::args::is_program(parser.bin_name()) {
+        return cpu_template_tool::args::parse_program(parser.into_tool()).map(Invocation::CpuTemplateTool);
     }
     let mut raw = RawArgs::default();
     let mut first = true;
@@ -132,15 +148,19 @@ pub(crate) fn parse(args: impl IntoIterator<Item = OsString>) -> Result<Invocati
             Long("snapshot-version") => return Ok(Invocation::SnapshotVersion),
             Long("describe-snapshot") => return Ok(Invocation::DescribeSnapshot(parser.value()?.into())),
             Value(word) if first && word == "snapshot" => {
-                return tool::parse(parser).map(Invocation::SnapshotTool);
+                return tool::parse(parser.into_tool()).map(Invocation::SnapshotTool);
             }
             Value(word) if first && word == "overlay" => {
-                return overlay_tool::args::parse(parser).map(Invocation::OverlayTool);
+                return overlay_tool::args::parse(parser.into_tool()).map(Invocation::OverlayTool);
+            }
+            Value(word) if first && word == "cpu-template" => {
+                return cpu_template_tool::args::parse(parser.into_tool()).map(Invocation::CpuTemplateTool);
             }
             Long("api-sock") => once(&mut raw.api_socket, "api-sock", parser.value()?.into())?,
             Long("config-file") => once(&mut raw.config_file, "config-file", parser.value()?.into())?,
             Long("id") => once(&mut raw.id, "id", text("id", parser.value()?)?)?,
             Long("log-path") => once(&mut raw.logger.log_path, "log-path", parser.value()?.into())?,
+            Long("metrics-path") => once(&mut raw.metrics_path, "metrics-path", parser.value()?.into())?,
             Long("level") => once(&mut raw.logger.level, "level", level(parser.value()?)?)?,
             Long("module") => once(&mut raw.logger.module, "module", text("module", parser.value()?)?)?,
             Long("show-level") => once(&mut raw.logger.show_level, "show-level", true)?,
@@ -149,6 +169,9 @@ pub(crate) fn parse(args: impl IntoIterator<Item = OsString>) -> Result<Invocati
             Long("boot-timer") => once(&mut raw.boot_timer, "boot-timer", ())?,
             Long("enable-pci") => once(&mut raw.pci, "enable-pci", ())?,
             Long("no-seccomp") => once(&mut raw.no_seccomp, "no-seccomp", ())?,
+            Long("seccomp-filter") => {
+                once(&mut raw.seccomp_filter, "seccomp-filter", parser.value()?.into())?;
+            }
             Long("metadata") => once(&mut raw.metadata, "metadata", parser.value()?.into())?,
             Long("mmds-size-limit") => {
                 const NAME: &str = "mmds-size-limit";
@@ -157,6 +180,9 @@ pub(crate) fn parse(args: impl IntoIterator<Item = OsString>) -> Result<Invocati
             Long("http-api-max-payload-size") => {
                 const NAME: &str = "http-api-max-payload-size";
                 once(&mut raw.max_payload, NAME, number(NAME, parser.value()?)?)?;
+            }
+            Long("events-fd") => {
+                once(&mut raw.events_fd, "events-fd", descriptor("events-fd", parser.value()?)?)?;
             }
             Long("start-time-us") => {
                 once(&mut raw.start_time_us, "start-time-us", number("start-time-us", parser.value()?)?)?;
@@ -168,10 +194,6 @@ pub(crate) fn parse(args: impl IntoIterator<Item = OsString>) -> Result<Invocati
             Long("parent-cpu-time-us") => {
                 const NAME: &str = "parent-cpu-time-us";
                 once(&mut raw.parent_cpu_time_us, NAME, number(NAME, parser.value()?)?)?;
-            }
-            Long(name) if NOT_SUPPORTED.contains(&name) => {
-                let known = NOT_SUPPORTED.iter().find(|n| **n == name).unwrap_or(&"");
-                return Err(ArgsError::NotSupported(known));
             }
             Long(name) => {
                 let name = name.to_owned();
@@ -194,13 +216,16 @@ struct RawArgs {
     restore: restore::RawRestoreArgs,
     id: Option<String>,
     logger: Logger,
+    metrics_path: Option<PathBuf>,
     no_api: Option<()>,
     boot_timer: Option<()>,
     no_seccomp: Option<()>,
+    seccomp_filter: Option<PathBuf>,
     pci: Option<()>,
     max_payload: Option<u64>,
     metadata: Option<PathBuf>,
     mmds_size_limit: Option<u64>,
+    events_fd: Option<u32>,
     start_time_us: Option<u64>,
     start_time_cpu_us: Option<u64>,
     parent_cpu_time_us: Option<u64>,
@@ -213,6 +238,9 @@ impl RawArgs {
             (None, None) if self.no_api.is_some() => return Err(ArgsError::NoApiWithoutConfig),
             (Some(_), Some(_)) => return Err(ArgsError::TwoStarts),
             _ => {}
+        }
+        if self.no_seccomp.is_some() && self.seccomp_filter.is_some() {
+            return Err(ArgsError::Conflict("seccomp-filter", "no-seccomp"));
         }
         let id = self.id.unwrap_or_else(|| DEFAULT_ID.to_owned());
         if let Err(error) = id.parse::<InstanceId>() {
@@ -227,11 +255,14 @@ impl RawArgs {
             restore,
             id,
             logger: self.logger,
+            metrics_path: self.metrics_path,
             boot_timer: self.boot_timer.is_some(),
             pci: self.pci.is_some(),
+            seccomp_filter: self.seccomp_filter,
             max_payload,
             metadata: self.metadata,
             mmds_size_limit: self.mmds_size_limit.map_or(max_payload, bytes),
+            events_fd: self.events_fd,
             start_time_us: self.start_time_us,
             start_time_cpu_us: self.start_time_cpu_us,
             parent_cpu_time_us: self.parent_cpu_time_us,
@@ -245,6 +276,15 @@ fn number(name: &'static str, value: OsString) -> Result<u64, ArgsError> {
         name,
         value,
         reason: format!("it must be a whole number between 0 and {}", u64::MAX),
+    })
+}
+
+fn descriptor(name: &'static str, value: OsString) -> Result<u32, ArgsError> {
+    let value = text(name, value)?;
+    value.parse().map_err(|_| ArgsError::Value {
+        name,
+        value,
+        reason: "it must be the number of a descriptor".to_owned(),
     })
 }
 
@@ -295,11 +335,26 @@ mod tests {
             ("--no-api", "--config-file"),
             ("--no-seccomp=yes", "yes"),
             ("--mmds-size-limit lots", "lots"),
-            ("--metrics-path m", "--metrics-path is Firecracker's"),
+            ("--metrics-path m --metrics-path n", "--metrics-path is given twice"),
+            ("--no-seccomp --seccomp-filter f", "--seccomp-filter cannot be combined with --no-seccomp"),
+            ("--seccomp-filter f --seccomp-filter g", "--seccomp-filter is given twice"),
+            ("--api-sock --boot-timer", "--api-sock"),
+            ("--id --", "--id"),
+            ("--boot-timer stray -- --id b", "stray"),
+            ("--events-fd -1", "--events-fd is \"-1\": it must be the number of a descriptor"),
+            ("--events-fd 3 --events-fd 4", "--events-fd is given twice"),
         ] {
             let error = args(line).unwrap_err().to_string();
             assert!(error.contains(named), "{line}: {error}");
         }
+    }
+
+    #[test]
+    fn what_follows_two_hyphens_is_ignored() {
+        assert_eq!(args("--id b -- --id c --nonsense x").unwrap().id, "b");
+        assert_eq!(args("-- stray").unwrap().id, DEFAULT_ID);
+        assert_eq!(args("--seccomp-filter=--f").unwrap().seccomp_filter, Some("--f".into()));
+        assert_eq!(args("--log-path -f").unwrap().logger.log_path, Some("-f".into()));
     }
 
     #[test]

@@ -15,6 +15,7 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 
 use control::Controller;
 use control::api::{ApiServer, Requests};
+use control::events::EventLog;
 use control::fork::{ChildSpec, ForkPlan, ParentState};
 use machine::event_channel;
 
@@ -23,8 +24,9 @@ use crate::exit::{self, ExitCode};
 use crate::host::ProcessHost;
 use crate::personality::Personality;
 use crate::process::{self, ForkResult, fork};
+use crate::readiness::Readiness;
 use crate::run_error::RunError;
-use crate::{logger, signals, terminal};
+use crate::{counts, last_line, logger, signals, terminal};
 
 /// Runs the first child of a fork, which forks the others.
 pub(crate) fn run(mut plan: ForkPlan) -> ! {
@@ -77,9 +79,12 @@ fn run_one(mut spec: ChildSpec, parent: ParentState) -> ExitCode {
     // Without a reporter, the parent sees that this child has ended.
     let Ok(reporter) = spec.reporter.take_over() else { return ExitCode::Generic };
     spec.reporter = reporter;
+    last_line::forget();
+    counts::reset();
     terminal::leave_to_parent();
-    logger::set_id(&spec.identity.id);
-    let begun = detach(&spec, &parent).and_then(|()| set_up(&mut spec)).and_then(|process| {
+    logger::start_fork(Some(&spec.identity.id));
+    let events = EventLog::new(&spec.identity.id);
+    let begun = detach(&spec, &parent).and_then(|()| set_up(&mut spec, &events)).and_then(|process| {
         let (sink, source) = event_channel()?;
         Ok((process, sink, source))
     });
@@ -90,12 +95,13 @@ fn run_one(mut spec: ChildSpec, parent: ParentState) -> ExitCode {
             return ExitCode::Generic;
         }
     };
-    let (reporter, started) = Controller::start_child(ProcessHost::new(run), spec, parent, sink);
+    let (reporter, started) = Controller::start_child(ProcessHost::new(run), spec, parent, sink, events);
     let controller = match started {
         Ok(controller) => controller,
         Err(error) => {
             log::error!("{error}");
             reporter.report(Err(&error));
+            last_line::write();
             return ExitCode::Generic;
         }
     };
@@ -103,10 +109,13 @@ fn run_one(mut spec: ChildSpec, parent: ParentState) -> ExitCode {
     // Never dropped: the process ends with it, without waiting for its threads.
     let mut controller = ManuallyDrop::new(controller);
     controller.set_requests(requests);
-    let ended = event_loop::serve(&mut controller, &source, &signals);
-    drop(controller.take_requests());
+    let ended = event_loop::serve(&mut controller, &source, &signals, &mut Readiness::default());
+    let (ended, personality) = (ended.map_err(RunError::from), Personality::of_this_process());
+    personality.settle_sockets();
     controller.shut_down(event_loop::CLOSE_TIMEOUT);
-    event_loop::exit_code(Personality::of_this_process(), ended.map_err(RunError::from))
+    event_loop::publish_exit(&controller, personality, &ended);
+    drop(controller.take_requests());
+    event_loop::exit_code(personality, ended)
 }
 
 /// Closes all descriptors that are the parent's, and leaves its session.
@@ -123,7 +132,7 @@ fn detach(spec: &ChildSpec, parent: &ParentState) -> std::io::Result<()> {
 type Process = (signals::Signals, Option<Requests>);
 
 /// Moves to the cgroup, opens the log, and starts to handle signals and to serve the API.
-fn set_up(spec: &mut ChildSpec) -> std::io::Result<Process> {
+fn set_up(spec: &mut ChildSpec, events: &EventLog) -> std::io::Result<Process> {
     if let Some(cgroup) = &spec.cgroup {
         let named = |e: std::io::Error| {
             std::io::Error::new(e.kind(), format!("cannot move to the cgroup {}: {e}", cgroup.display()))
@@ -136,6 +145,6 @@ fn set_up(spec: &mut ChildSpec) -> std::io::Result<Process> {
     }
     process::detach_standard_io(logger::is_on_standard_output())?;
     let signals = signals::renew()?;
-    let requests = spec.api.take().map(ApiServer::spawn).transpose()?;
+    let requests = spec.api.take().map(|api| api.spawn(events.clone())).transpose()?;
     Ok((signals, requests))
 }

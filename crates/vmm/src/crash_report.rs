@@ -8,7 +8,7 @@ use std::panic::PanicHookInfo;
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
-use crate::{logger, terminal};
+use crate::{counts, last_line, logger, terminal};
 
 /// A writable pipe or terminal takes this many bytes at once.
 const CHUNK: usize = 4096;
@@ -39,14 +39,15 @@ pub(crate) fn to_stderr(text: &[u8]) {
     }
 }
 
-/// Installs the panic hook, which restores the terminal, and writes the reason to the log and to
-/// standard error.
+/// Installs the panic hook, which restores the terminal, writes the reason to the log and to
+/// standard error, and writes the last line of metrics.
 pub(crate) fn install_panic_hook() {
     std::panic::set_hook(Box::new(hook));
 }
 
 fn hook(info: &PanicHookInfo<'_>) {
     terminal::restore();
+    counts::panicked();
     logger::error_without_waiting(&format!("bug in this monitor: {info}"));
     let thread = std::thread::current();
     let name = thread.name().unwrap_or("main");
@@ -56,6 +57,7 @@ fn hook(info: &PanicHookInfo<'_>) {
         _ => format!("thread '{name}' {info}\n"),
     };
     to_stderr(text.as_bytes());
+    last_line::write();
 }
 
 #[cfg(test)]
@@ -63,12 +65,12 @@ mod tests {
     use std::fmt;
 
     use super::*;
-    use crate::{personality::Personality, subprocess};
+    use crate::subprocess;
 
     #[test]
     fn panic_while_the_log_is_locked_is_reported() {
         if subprocess::is_one() {
-            logger::install("a", Personality::Vesta);
+            logger::install("a");
             install_panic_hook();
             let _held = logger::hold();
             panic!("with the log locked");
@@ -87,7 +89,7 @@ mod tests {
             }
         }
         if subprocess::is_one() {
-            logger::install("a", Personality::Vesta);
+            logger::install("a");
             install_panic_hook();
             log::error!("{Bomb}");
             return;

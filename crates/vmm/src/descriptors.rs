@@ -1,4 +1,7 @@
-//! Descriptors of this process: their limit, and the standard ones.
+//! Descriptors of this process: their limit, the standard ones, and inherited ones.
+
+use std::io;
+use std::os::fd::{BorrowedFd, FromRawFd, OwnedFd, RawFd};
 
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 
@@ -16,6 +19,23 @@ pub(crate) fn raise_limit() {
             log::warn!("the limit of open descriptors stays at {:?}: {error}", limit.current);
         }
     }
+}
+
+/// Takes the descriptor `fd`, which this process inherited and a flag names. Programs that this
+/// process may run do not inherit it. Fails if it is not open.
+///
+/// Nothing else in this process may own it: called for each flag once, and before this process
+/// opens anything.
+pub(crate) fn take(fd: RawFd) -> io::Result<OwnedFd> {
+    if fd < 0 {
+        return Err(rustix::io::Errno::BADF.into());
+    }
+    // SAFETY: the number is not -1, and the borrow ends before anything is closed. If it is not
+    // open, the call fails.
+    let borrowed = unsafe { BorrowedFd::borrow_raw(fd) };
+    rustix::io::fcntl_setfd(borrowed, rustix::io::FdFlags::CLOEXEC)?;
+    // SAFETY: it is open, and by the contract above nothing else owns it.
+    Ok(unsafe { OwnedFd::from_raw_fd(fd) })
 }
 
 /// Opens `/dev/null` for standard descriptors that are closed. Otherwise the next file that is

@@ -1,7 +1,8 @@
 //! The exit codes of this process, and [`exit`]. The codes are Firecracker's, which its clients
 //! read, and 128 plus a signal's number where a shell would report that.
 
-use crate::terminal;
+use crate::personality::Personality;
+use crate::{logger, terminal};
 
 /// An exit status.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -10,6 +11,9 @@ pub(crate) enum ExitCode {
     Ok = 0,
     /// An error that has no code of its own.
     Generic = 1,
+    /// SIGSYS that a process sent, under Firecracker's name. Its tools for snapshots and CPU
+    /// templates end so if their command line is invalid.
+    Unexpected = 2,
     /// SIGINT, where it cannot take its default action: in process 1 of a PID namespace.
     Interrupted = 128 + libc::SIGINT as isize,
     /// SIGQUIT, likewise.
@@ -54,11 +58,7 @@ impl ExitCode {
 /// Restores the terminal, logs the code, and ends the process.
 pub(crate) fn exit(code: ExitCode) -> ! {
     terminal::restore();
-    let status = code as i32;
-    if code == ExitCode::Ok {
-        log::info!("exiting: exit_code={status}");
-    } else {
-        log::error!("exiting with an error: exit_code={status}");
-    }
-    std::process::exit(status)
+    logger::finish();
+    Personality::of_this_process().log_exit(code as i32);
+    std::process::exit(code as i32)
 }

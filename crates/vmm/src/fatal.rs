@@ -7,7 +7,9 @@
 use std::ffi::CStr;
 
 use crate::exit::ExitCode;
-use crate::{alt_stack, crash_report, signals, terminal};
+use crate::line::Line;
+use crate::personality::{Personality, SHUTDOWN_BY_SIGNAL};
+use crate::{alt_stack, counts, crash_report, last_line, logger, signals, terminal};
 
 /// The signals, their names, and the code to exit with.
 const FATAL: [(libc::c_int, &str, ExitCode); 6] = [
@@ -35,10 +37,17 @@ pub(crate) fn install() -> std::io::Result<()> {
 
 extern "C" fn on_fatal(signal: libc::c_int, info: *mut libc::siginfo_t, context: *mut libc::c_void) {
     terminal::restore();
-    let (name, code) = FATAL
+    let (name, mut code) = FATAL
         .iter()
         .find(|(fatal, ..)| *fatal == signal)
         .map_or(("?", ExitCode::Generic), |(_, name, code)| (*name, *code));
+    let fault = Fault::read(signal, info, context);
+    if Personality::of_this_process() == Personality::Firecracker {
+        if signal == libc::SIGSYS && fault.is_none() {
+            code = ExitCode::Unexpected;
+        }
+        logger::write_if_free(shutdown_line(signal, info, fault.as_ref()).as_bytes());
+    }
     let mut line = Line::default();
     line.push(b"Error: signal ");
     line.push_number(u64::from(signal.unsigned_abs()));
@@ -46,14 +55,35 @@ extern "C" fn on_fatal(signal: libc::c_int, info: *mut libc::siginfo_t, context:
     line.push(name.as_bytes());
     line.push(b") ended this monitor: thread ");
     line.push(thread_name(&mut [0; 16]));
-    if let Some(fault) = Fault::read(signal, info, context) {
+    if let Some(fault) = fault {
         fault.describe(&mut line);
     }
     line.push(b"; exit_code=");
     line.push_number(u64::from((code as i32).unsigned_abs()));
     line.push(b"\n");
+    counts::signal(signal);
     crash_report::write(line.as_bytes());
+    last_line::write_short();
     signals::exit_now(code)
+}
+
+/// Firecracker's line about a fatal signal.
+fn shutdown_line(signal: libc::c_int, info: *const libc::siginfo_t, fault: Option<&Fault>) -> Line {
+    let mut line = Line::default();
+    if let Some(Fault::SystemCall(number)) = fault {
+        line.push(b"Shutting down VM after intercepting a bad syscall (");
+        line.push_number(u64::from(*number));
+        line.push(b").\n");
+        return line;
+    }
+    // SAFETY: with SA_SIGINFO the kernel passes a whole `siginfo_t`.
+    let code = if info.is_null() { 0 } else { unsafe { (*info).si_code } };
+    line.push(SHUTDOWN_BY_SIGNAL.as_bytes());
+    line.push_number(u64::from(signal.unsigned_abs()));
+    line.push(if code < 0 { b", code -" } else { b", code " });
+    line.push_number(u64::from(code.unsigned_abs()));
+    line.push(b".\n");
+    line
 }
 
 /// `abort` raises SIGABRT, which has its default action here. Where the kernel does not apply that,
@@ -149,71 +179,10 @@ fn thread_name(buffer: &mut [u8; 16]) -> &[u8] {
     CStr::from_bytes_until_nul(buffer).map_or(b"?", CStr::to_bytes)
 }
 
-/// A line of text in a fixed buffer, without allocation. Text that does not fit is cut off.
-struct Line {
-    bytes: [u8; 320],
-    len: usize,
-}
-
-impl Default for Line {
-    fn default() -> Self {
-        Line { bytes: [0; 320], len: 0 }
-    }
-}
-
-impl Line {
-    fn push(&mut self, text: &[u8]) {
-        let free = &mut self.bytes[self.len..];
-        let len = text.len().min(free.len());
-        free[..len].copy_from_slice(&text[..len]);
-        self.len += len;
-    }
-
-    fn push_number(&mut self, number: u64) {
-        self.push_in_base(number, 10);
-    }
-
-    fn push_hex(&mut self, number: u64) {
-        self.push_in_base(number, 16);
-    }
-
-    fn push_in_base(&mut self, mut number: u64, base: u64) {
-        let mut digits = [0; 20];
-        let mut at = digits.len();
-        loop {
-            at -= 1;
-            digits[at] = b"0123456789abcdef"[(number % base) as usize];
-            number /= base;
-            if number == 0 {
-                break;
-            }
-        }
-        self.push(&digits[at..]);
-    }
-
-    fn as_bytes(&self) -> &[u8] {
-        &self.bytes[..self.len]
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::{logger, personality::Personality, subprocess};
-
-    #[test]
-    fn line_has_numbers_and_is_cut_off_at_its_capacity() {
-        let mut line = Line::default();
-        line.push(b"n=");
-        line.push_number(0);
-        line.push(b",");
-        line.push_number(u64::MAX);
-        line.push(b",");
-        line.push_hex(0xdead_beef);
-        assert_eq!(line.as_bytes(), b"n=0,18446744073709551615,deadbeef");
-        line.push(&[b'x'; 400]);
-        assert_eq!(line.as_bytes().len(), 320);
-    }
+    use crate::subprocess;
 
     /// Uses all of this thread's stack. The address keeps each frame alive.
     #[expect(unconditional_recursion, reason = "that is the point")]
@@ -241,7 +210,7 @@ mod tests {
     #[test]
     fn fault_while_the_log_is_locked_is_reported() {
         if subprocess::is_one() {
-            logger::install("a", Personality::Vesta);
+            logger::install("a");
             install().unwrap();
             let _held = logger::hold();
             // SAFETY: raising a signal has no precondition.
@@ -276,7 +245,7 @@ mod tests {
     #[test]
     fn fault_is_written_to_the_log_file() {
         if subprocess::is_one() {
-            logger::install("a", Personality::Vesta);
+            logger::install("a");
             let path = std::env::var_os("LOG").unwrap().into();
             logger::set_up(&config::Logger { log_path: Some(path), ..config::Logger::default() }).unwrap();
             install().unwrap();

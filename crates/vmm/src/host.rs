@@ -6,11 +6,12 @@ use std::os::fd::{AsFd, BorrowedFd, RawFd};
 use control::Host;
 use control::api::ApiServer;
 use control::fork::ForkPlan;
+use control::metrics::{LastLine, ProcessCounts};
 use machine::legacy::{Output, SerialSetup};
 use virtio::rate_limiter::RateLimiterConfig;
 
 use crate::process::{self, ForkResult};
-use crate::{logger, signals, terminal, writer};
+use crate::{counts, last_line, logger, signals, terminal, writer};
 
 /// This process, as the controller sees it.
 #[derive(Debug)]
@@ -30,6 +31,14 @@ impl ProcessHost {
 impl Host for ProcessHost {
     fn set_up_logger(&mut self, wanted: &config::Logger) -> io::Result<()> {
         logger::set_up(wanted)
+    }
+
+    fn keep_last_line(&mut self, last: LastLine) {
+        last_line::keep(last);
+    }
+
+    fn process_counts(&self) -> fn() -> ProcessCounts {
+        counts::read
     }
 
     fn standard_io(&mut self) -> io::Result<SerialSetup> {

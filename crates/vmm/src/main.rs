@@ -5,26 +5,31 @@
 //! - [`args`], [`restore`] and [`flags`]: the command line. [`personality`]: under the name
 //!   `firecracker` the program answers as Firecracker does.
 //! - [`event_loop`]: the main thread's loop, which gives commands to the controller.
-//! - [`signals`], [`fatal`], [`alt_stack`], [`crash_report`], [`run_error`], [`exit`]: how the
-//!   process ends.
+//! - [`signals`], [`fatal`], [`line`], [`alt_stack`], [`crash_report`], [`run_error`], [`exit`]: how
+//!   the process ends.
 //! - [`host`]: this process, as the controller sees it. [`process`], [`child`], [`writer`]: forked
 //!   processes.
-//! - [`logger`], [`terminal`], [`descriptors`]: what the process has.
+//! - [`counts`], [`last_line`]: metrics of the process, and at its end.
+//! - [`logger`], [`terminal`], [`descriptors`]: what the process has. [`readiness`]: tells a
+//!   launcher when it is ready.
 //! - [`snapshot_tool`], [`overlay_tool`]: the tools that read and merge snapshots, and that read
 //!   and export overlay files. They start no microVM.
+//! - [`cpu_template_tool`], [`template_file`]: the tools for CPU templates, and templates in files.
 //!
 //! # The end of the process
 //!
 //! The process ends in [`main`], in a signal handler, in the fault handler of the event channel, or
 //! as a forked child. It restores the terminal, and ends with an [`ExitCode`] that clients of
-//! Firecracker know, or by the signal that asked it to end. The API socket is removed, except after
-//! a fatal signal or a panic.
+//! Firecracker know, or by the signal that asked it to end. The sockets of the API and the vsock
+//! device are removed, except after a fatal signal or a panic, and under Firecracker's name.
 
 #![cfg_attr(not(test), no_main)]
 
 mod alt_stack;
 mod args;
 mod child;
+mod counts;
+mod cpu_template_tool;
 mod crash_report;
 mod descriptors;
 mod event_loop;
@@ -32,16 +37,20 @@ mod exit;
 mod fatal;
 mod flags;
 mod host;
+mod last_line;
+mod line;
 mod logger;
 mod overlay_tool;
 mod personality;
 mod process;
+mod readiness;
 mod restore;
 mod run_error;
 mod signals;
 mod snapshot_tool;
 #[cfg(test)]
 mod subprocess;
+mod template_file;
 mod terminal;
 mod writer;
 
@@ -50,8 +59,10 @@ use std::io::Write;
 use std::mem::ManuallyDrop;
 use std::path::Path;
 
-use config::{Logger, VmConfig};
+use config::{Logger, Metrics, VmConfig};
 use control::api::{ApiServer, Limits};
+use control::events::EventLog;
+use control::metrics::StartupTimes;
 use control::{Command, CommandError, Controller, Host, Identity, Platform};
 use machine::event_channel;
 use machine::legacy::StartTimes;
@@ -61,21 +72,23 @@ use event_loop::Ended;
 use exit::ExitCode;
 use host::ProcessHost;
 use personality::Personality;
+use readiness::Readiness;
 use restore::Restore;
 use run_error::{RunError, report};
 use signals::Signals;
+use snapshot_tool::program::Program;
 
 /// The entry point, which the C library calls.
 ///
 /// The standard library's own start-up code does not run: it reads `/proc/self/maps` and makes a
 /// dozen more system calls, a fifth of the time until the API answers. What this process needs of
-/// it is here: standard descriptors that are open, SIGPIPE ignored, and alternate signal stacks
+/// it is here: standard descriptors that are open, SIGPIPE harmless, and alternate signal stacks
 /// ([`alt_stack`]).
 #[cfg_attr(not(test), unsafe(no_mangle))]
 extern "C" fn main(_argc: std::ffi::c_int, _argv: *const *const std::ffi::c_char) -> std::ffi::c_int {
     let start = StartTimes::now();
     descriptors::open_standard();
-    signals::ignore_sigpipe();
+    signals::survive_sigpipe();
     signals::end_init_at_once();
     crash_report::install_panic_hook();
     let personality = Personality::of_this_process();
@@ -94,8 +107,15 @@ fn run_command_line(personality: Personality, start: StartTimes) -> ExitCode {
         Ok(Invocation::DescribeSnapshot(state)) => snapshot_tool::describe(personality, &state),
         Ok(Invocation::SnapshotTool(tool)) => snapshot_tool::run(&tool),
         Ok(Invocation::OverlayTool(tool)) => overlay_tool::run(&tool),
+        Ok(Invocation::CpuTemplateTool(tool)) => cpu_template_tool::run(&tool),
         Ok(Invocation::Run(args)) => run(personality, &args, start),
-        Err(error) => report(personality, &RunError::Args(error)),
+        Err(error) => {
+            let code = report(personality, &RunError::Args(error));
+            if cpu_template_tool::args::is_this_program() {
+                return ExitCode::Unexpected;
+            }
+            Program::of_this_process().map_or(code, Program::usage_error_code)
+        }
     }
 }
 
@@ -117,9 +137,11 @@ fn run(personality: Personality, args: &Args, start: StartTimes) -> ExitCode {
 
 fn set_up_and_serve(personality: Personality, args: &Args, start: StartTimes) -> Result<Ended, RunError> {
     let start = args.start_times(start);
-    logger::install(&args.id, personality);
+    let readiness = Readiness::take(args.events_fd)?;
+    logger::install(&args.id);
     set_up_logger(&args.logger)?;
-    log::info!("{}", personality.banner());
+    personality.log_start();
+    args.seccomp_filter.as_deref().map_or(Ok(()), check_seccomp_filter)?;
 
     // Read before the socket exists: a client that sees the socket may rely on the configuration.
     // And before signals are handled: a read that never ends, such as that of a FIFO without a
@@ -127,11 +149,13 @@ fn set_up_and_serve(personality: Personality, args: &Args, start: StartTimes) ->
     let config = args.config_file.as_deref().map(read_config).transpose()?;
     let metadata = args.metadata.as_deref().map(read_metadata).transpose()?;
     let signals = signals::install()?;
-    match start_and_serve(personality, args, start, (config, metadata), &signals) {
-        // A start that was cancelled by a signal is no error.
-        Err(error) => signals.arrived().map(Ended::Signal).ok_or(error),
-        ended => ended,
-    }
+    let ended = start_and_serve(personality, args, start, (config, metadata), &signals, readiness);
+    unless_signalled(ended, &signals)
+}
+
+/// A start that was cancelled by a signal is no error.
+fn unless_signalled(ended: Result<Ended, RunError>, signals: &Signals) -> Result<Ended, RunError> {
+    ended.or_else(|error| signals.arrived().map(Ended::Signal).ok_or(error))
 }
 
 fn start_and_serve(
@@ -140,13 +164,19 @@ fn start_and_serve(
     start: StartTimes,
     (config, metadata): (Option<VmConfig>, Option<serde_json::Value>),
     signals: &Signals,
+    mut readiness: Readiness,
 ) -> Result<Ended, RunError> {
     let limits = Limits { max_payload: args.max_payload, ..Limits::default() };
     let api = args.api_socket.as_deref().map(|path| ApiServer::bind(path, limits)).transpose()?;
-    let requests = api.map(ApiServer::spawn).transpose()?;
+    let events = EventLog::new(&args.id);
+    let requests = api.map(|api| api.spawn(events.clone())).transpose()?;
+    let startup = startup_times(start);
 
     let (sink, source) = event_channel()?;
-    let sink = sink.with_last_resort(|| exit::exit(ExitCode::Generic));
+    let sink = sink.with_last_resort(|| {
+        last_line::write();
+        exit::exit(ExitCode::Generic)
+    });
     let identity = Identity {
         id: args.id.clone(),
         app_name: personality.app_name(),
@@ -161,30 +191,62 @@ fn start_and_serve(
     };
     // Never dropped: the process ends with it, without waiting for its threads.
     let mut controller =
-        ManuallyDrop::new(Controller::new(identity, ProcessHost::new(child::run), platform, sink));
+        ManuallyDrop::new(Controller::new(identity, ProcessHost::new(child::run), platform, sink, events));
     descriptors::raise_limit();
     controller.set_requests(requests);
-    if let (Some(contents), Some(path)) = (metadata, &args.metadata) {
-        let put = controller.run(Command::PutMmds(contents));
-        if let Err(error) = put {
-            drop(controller.take_requests());
-            return Err(RunError::Metadata { path: path.display().to_string(), reason: error.to_string() });
-        }
+    controller.set_startup_times(startup);
+    if controller.requests().is_some() {
+        readiness.api_answers();
     }
-    let started = match (config, &args.config_file, &args.restore) {
-        (Some(config), Some(path), _) => controller
-            .start_from(config)
-            .map_err(|e| RunError::Start { path: path.display().to_string(), reason: e.to_string() }),
-        (_, _, Some(from)) => {
-            let path = from.load.snapshot_path.display().to_string();
-            restore_microvm(&mut controller, from).map_err(|reason| RunError::Restore { path, reason })
-        }
-        _ => Ok(()),
-    };
-    let ended = started.and_then(|()| Ok(event_loop::serve(&mut controller, &source, signals)?));
+    let ended = begin(personality, &mut controller, args, (config, metadata))
+        .and_then(|()| Ok(event_loop::serve(&mut controller, &source, signals, &mut readiness)?));
+    personality.settle_sockets();
     controller.shut_down(event_loop::CLOSE_TIMEOUT);
+    let ended = unless_signalled(ended, signals);
+    event_loop::publish_exit(&controller, personality, &ended);
     drop(controller.take_requests());
     ended
+}
+
+/// The time since the process, or its parent before it, started.
+fn startup_times(start: StartTimes) -> StartupTimes {
+    let now = StartTimes::now();
+    let cpu_us = u64::try_from(now.cpu_us.saturating_sub(start.cpu_us)).unwrap_or(0);
+    StartupTimes { wall_us: now.wall_us.saturating_sub(start.wall_us), cpu_us }
+}
+
+/// Does what the command line asks for before requests are served: opens the metrics file, fills
+/// the metadata service, and starts or restores a microVM.
+fn begin<H: Host>(
+    personality: Personality,
+    controller: &mut Controller<H>,
+    args: &Args,
+    (config, metadata): (Option<VmConfig>, Option<serde_json::Value>),
+) -> Result<(), RunError> {
+    if let Some(path) = &args.metrics_path {
+        let metrics = Metrics { metrics_path: path.clone(), ..Metrics::default() };
+        controller.run(Command::PutMetrics(metrics)).map_err(RunError::Metrics)?;
+    }
+    if let (Some(contents), Some(path)) = (metadata, &args.metadata) {
+        controller
+            .run(Command::PutMmds(contents))
+            .map_err(|e| RunError::Metadata { path: path.display().to_string(), reason: e.to_string() })?;
+        personality.log_metadata_from_file();
+    }
+    match (config, &args.config_file, &args.restore) {
+        (Some(config), Some(path), _) => {
+            controller
+                .start_from(config)
+                .map_err(|e| RunError::Start { path: path.display().to_string(), reason: e.to_string() })?;
+            personality.log_start_from_file();
+        }
+        (_, _, Some(from)) => {
+            let path = from.load.snapshot_path.display().to_string();
+            restore_microvm(controller, from).map_err(|reason| RunError::Restore { path, reason })?;
+        }
+        _ => {}
+    }
+    Ok(())
 }
 
 /// Restores a microVM, by the commands that a client of the API would send.
@@ -203,14 +265,29 @@ fn set_up_logger(logger: &Logger) -> Result<(), RunError> {
     })
 }
 
+/// Checks that the file of seccomp filters can be read. Its contents have no effect.
+fn check_seccomp_filter(path: &Path) -> Result<(), RunError> {
+    let checked = fs::File::open(path).and_then(|file| {
+        if file.metadata()?.is_dir() { Err(std::io::ErrorKind::IsADirectory.into()) } else { Ok(()) }
+    });
+    checked.map_err(|source| RunError::SeccompFilter { path: path.display().to_string(), source })?;
+    log::warn!(
+        "--seccomp-filter {} is accepted and has no effect: this version installs no filters",
+        path.display()
+    );
+    Ok(())
+}
+
 fn read_config(path: &Path) -> Result<VmConfig, RunError> {
     let shown = || path.display().to_string();
     let text = fs::read_to_string(path).map_err(|source| RunError::ReadConfig { path: shown(), source })?;
-    let config: VmConfig = serde_json::from_str(&text).map_err(|e| {
+    let mut config: VmConfig = serde_json::from_str(&text).map_err(|e| {
         let reason = config::json_error::describe(text.as_bytes(), &e);
         RunError::Config { path: shown(), reason }
     })?;
     config.check().map_err(|e| RunError::Config { path: shown(), reason: e.to_string() })?;
+    template_file::resolve(&mut config)
+        .map_err(|e| RunError::Config { path: shown(), reason: format!("cpu-config: {e}") })?;
     Ok(config)
 }
 

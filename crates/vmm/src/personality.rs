@@ -1,10 +1,24 @@
-//! [`Personality`]: the program that this process answers as, by the name it was started under.
+//! [`Personality`]: the program that this process answers as, by the name it was started under, and
+//! everything that this changes: names, versions, and the lines of the log about the beginning and
+//! the end of a monitor. Clients of Firecracker wait for some of these.
+//!
+//! The lines about requests of the API are the same under every name (`control::api`).
 
 use std::ffi::OsStr;
 use std::path::Path;
+use std::sync::OnceLock;
+
+/// The target of lines about the process, which is Firecracker's.
+const MAIN: &str = "firecracker";
+
+/// The beginning of Firecracker's line about a signal that ends it. The signal's number follows.
+pub(crate) const SHUTDOWN_BY_SIGNAL: &str = "Shutting down VM after intercepting signal ";
 
 /// The version of Firecracker whose interface this program has.
 pub(crate) const API_VERSION: &str = "1.17.0";
+
+/// The personality of this process, once it is known.
+static CURRENT: OnceLock<Personality> = OnceLock::new();
 
 /// The program that this process answers as.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -16,9 +30,10 @@ pub(crate) enum Personality {
 }
 
 impl Personality {
-    /// The personality of this process.
+    /// The personality of this process. The first call reads the command line; later ones take no
+    /// lock and allocate nothing, so a signal handler may make them.
     pub(crate) fn of_this_process() -> Self {
-        Self::named(std::env::args_os().next().as_deref())
+        *CURRENT.get_or_init(|| Self::named(std::env::args_os().next().as_deref()))
     }
 
     fn named(program: Option<&OsStr>) -> Self {
@@ -52,9 +67,64 @@ impl Personality {
         }
     }
 
-    /// The first line of every log. Tools read the name and the version.
-    pub(crate) fn banner(self) -> String {
-        format!("Running {} v{}", self.app_name(), self.version())
+    /// Leaves the API's and the vsock device's sockets in place at the end of this process, where
+    /// clients expect that.
+    pub(crate) fn settle_sockets(self) {
+        if self == Personality::Firecracker {
+            control::api::leave_all_sockets();
+        }
+    }
+
+    /// Logs the first line, as any line of level Info. Tools read the name and the version.
+    pub(crate) fn log_start(self) {
+        log::info!(target: MAIN, "Running {} v{}", self.app_name(), self.version());
+    }
+
+    /// Logs that the microVM of the configuration file runs.
+    pub(crate) fn log_start_from_file(self) {
+        if self == Personality::Firecracker {
+            log::info!(target: MAIN, "Successfully started microvm that was configured from one single json");
+        }
+    }
+
+    /// Logs that the metadata service has the contents of the file.
+    pub(crate) fn log_metadata_from_file(self) {
+        if self == Personality::Firecracker {
+            log::info!(target: "vmm::resources", "Successfully added metadata to mmds from file");
+        }
+    }
+
+    /// Logs that the guest has ended. Why is in a line of its own.
+    pub(crate) fn log_stop(self) {
+        if self == Personality::Firecracker {
+            log::info!(target: "vmm", "Vmm is stopping.");
+        }
+    }
+
+    /// Logs that a signal asked this process to end. `code` is its `si_code`.
+    pub(crate) fn log_signal(self, signal: i32, code: i32) {
+        match self {
+            Personality::Vesta => log::info!(target: MAIN, "ended by signal {signal}"),
+            Personality::Firecracker => {
+                log::error!(target: "vmm::signal_handler", "{SHUTDOWN_BY_SIGNAL}{signal}, code {code}.");
+            }
+        }
+    }
+
+    /// Logs the last line, with the exit status.
+    pub(crate) fn log_exit(self, status: i32) {
+        match (self, status) {
+            (Personality::Vesta, 0) => log::info!(target: MAIN, "exiting: exit_code=0"),
+            (Personality::Vesta, _) => {
+                log::error!(target: MAIN, "exiting with an error: exit_code={status}");
+            }
+            (Personality::Firecracker, 0) => {
+                log::info!(target: MAIN, "Firecracker exiting successfully. exit_code=0");
+            }
+            (Personality::Firecracker, _) => {
+                log::error!(target: MAIN, "Firecracker exiting with error. exit_code={status}");
+            }
+        }
     }
 }
 

@@ -9,7 +9,7 @@ use config::{
 };
 use serde_json::{Value, json};
 
-use crate::flags::{ArgsError, once, text};
+use crate::flags::{ArgsError, Parser, once, text};
 
 /// A snapshot to restore.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -62,7 +62,7 @@ pub(crate) struct RawRestoreArgs {
 
 impl RawRestoreArgs {
     /// Reads the flag `name`. False if it is none of these.
-    pub(crate) fn take(&mut self, name: &str, parser: &mut lexopt::Parser) -> Result<bool, ArgsError> {
+    pub(crate) fn take(&mut self, name: &str, parser: &mut Parser) -> Result<bool, ArgsError> {
         let dependent = match name {
             "restore" => {
                 once(&mut self.state, "restore", parser.value()?.into())?;

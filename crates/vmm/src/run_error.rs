@@ -15,6 +15,8 @@ pub(crate) enum RunError {
     Args(#[from] ArgsError),
     #[error("cannot open the log {path}: {source}")]
     Log { path: String, source: std::io::Error },
+    #[error("cannot read the seccomp filters {path}: {source}")]
+    SeccompFilter { path: String, source: std::io::Error },
     #[error("cannot read the configuration file {path}: {source}")]
     ReadConfig { path: String, source: std::io::Error },
     #[error("invalid configuration file {path}: {reason}")]
@@ -27,6 +29,8 @@ pub(crate) enum RunError {
     Start { path: String, reason: String },
     #[error("cannot restore the microVM from {path}: {reason}")]
     Restore { path: String, reason: CommandError },
+    #[error(transparent)]
+    Metrics(CommandError),
     #[error("cannot serve the API: {0}")]
     Bind(#[from] BindError),
     #[error("cannot set up this process: {0}")]
@@ -58,7 +62,11 @@ impl RunError {
             | RunError::Metadata { .. }
             | RunError::Start { .. }
             | RunError::Restore { .. } => ExitCode::BadConfiguration,
-            RunError::Log { .. } | RunError::Bind(_) | RunError::Host(_) => ExitCode::Generic,
+            RunError::Log { .. }
+            | RunError::Metrics(_)
+            | RunError::SeccompFilter { .. }
+            | RunError::Bind(_)
+            | RunError::Host(_) => ExitCode::Generic,
         }
     }
 }

@@ -18,13 +18,16 @@ use std::sync::atomic::{AtomicI32, Ordering};
 use sync::EventFd;
 
 use crate::exit::ExitCode;
-use crate::terminal;
+use crate::personality::Personality;
+use crate::{counts, logger, terminal};
 
 /// The signals.
 const END_SIGNALS: [libc::c_int; 4] = [libc::SIGTERM, libc::SIGINT, libc::SIGQUIT, libc::SIGHUP];
 
 /// The first of the signals that arrived; 0 for none.
 static ARRIVED: AtomicI32 = AtomicI32::new(0);
+/// Where it came from: its `si_code`.
+static ORIGIN: AtomicI32 = AtomicI32::new(0);
 /// Signalled when one arrived.
 static WAKE: OnceLock<EventFd> = OnceLock::new();
 
@@ -55,10 +58,15 @@ pub(crate) type Handler = extern "C" fn(libc::c_int, *mut libc::siginfo_t, *mut 
 ///
 /// Each thread has an alternate stack ([`crate::alt_stack`]).
 pub(crate) fn handle(signal: libc::c_int, handler: Handler) -> std::io::Result<()> {
+    handle_with(signal, handler, 0)
+}
+
+/// As [`handle`], with more `flags`.
+fn handle_with(signal: libc::c_int, handler: Handler, flags: libc::c_int) -> std::io::Result<()> {
     // SAFETY: a `sigaction` is plain numbers and an optional function, for which zero is a value.
     let mut action: libc::sigaction = unsafe { std::mem::zeroed() };
     action.sa_sigaction = handler as *const () as usize;
-    action.sa_flags = libc::SA_SIGINFO | libc::SA_ONSTACK;
+    action.sa_flags = libc::SA_SIGINFO | libc::SA_ONSTACK | flags;
     // SAFETY: the set is a local variable that nothing else refers to.
     unsafe { libc::sigfillset(&raw mut action.sa_mask) };
     // SAFETY: the action outlives the call. The handlers of this crate make system calls and use
@@ -69,10 +77,18 @@ pub(crate) fn handle(signal: libc::c_int, handler: Handler) -> std::io::Result<(
     Ok(())
 }
 
-/// Makes writes to a closed pipe or socket fail with `EPIPE` instead of ending the process.
-pub(crate) fn ignore_sigpipe() {
-    // SAFETY: ignoring a signal has no precondition.
-    unsafe { libc::signal(libc::SIGPIPE, libc::SIG_IGN) };
+/// Makes writes to a closed pipe or socket fail with `EPIPE` instead of ending the process. They
+/// are counted, for metrics.
+pub(crate) fn survive_sigpipe() {
+    // A system call of another thread that it interrupts is restarted.
+    if handle_with(libc::SIGPIPE, count_signal, libc::SA_RESTART).is_err() {
+        // SAFETY: ignoring a signal has no precondition.
+        unsafe { libc::signal(libc::SIGPIPE, libc::SIG_IGN) };
+    }
+}
+
+extern "C" fn count_signal(signal: libc::c_int, _: *mut libc::siginfo_t, _: *mut libc::c_void) {
+    counts::signal(signal);
 }
 
 /// Whether this is process 1 of its PID namespace, to which the kernel does not apply default
@@ -173,8 +189,13 @@ pub(crate) fn descriptor() -> Option<BorrowedFd<'static>> {
     WAKE.get().map(AsFd::as_fd)
 }
 
-extern "C" fn note_signal(signal: libc::c_int, _: *mut libc::siginfo_t, _: *mut libc::c_void) {
-    let _ = ARRIVED.compare_exchange(0, signal, Ordering::AcqRel, Ordering::Relaxed);
+extern "C" fn note_signal(signal: libc::c_int, info: *mut libc::siginfo_t, _: *mut libc::c_void) {
+    counts::signal(signal);
+    let is_first = ARRIVED.compare_exchange(0, signal, Ordering::AcqRel, Ordering::Relaxed).is_ok();
+    if is_first && !info.is_null() {
+        // SAFETY: with SA_SIGINFO the kernel passes a whole `siginfo_t`.
+        ORIGIN.store(unsafe { (*info).si_code }, Ordering::Release);
+    }
     if let Some(wake) = WAKE.get() {
         wake.signal();
     }
@@ -188,10 +209,11 @@ extern "C" fn exit_at_once(signal: libc::c_int, _: *mut libc::siginfo_t, _: *mut
 /// where that is not possible: for SIGHUP, which has a code of its own, and in process 1 of a PID
 /// namespace.
 pub(crate) fn end_by(signal: i32) -> ExitCode {
+    Personality::of_this_process().log_signal(signal, ORIGIN.load(Ordering::Acquire));
     if signal != libc::SIGHUP {
         terminal::restore();
-        log::info!("ended by signal {signal}");
         if !is_init() {
+            logger::finish();
             raise_default(signal);
         }
     }

@@ -7,11 +7,13 @@ use std::os::fd::RawFd;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 
 use crate::exit::ExitCode;
-use crate::{logger, process, signals, terminal};
+use crate::{last_line, logger, process, signals, terminal};
 
 /// Runs a forked process that does `work` and ends. It keeps the descriptors `kept` and the log's.
 pub(crate) fn run(mut kept: Vec<RawFd>, work: Box<dyn FnOnce() -> bool>) -> ! {
     let done = catch_unwind(AssertUnwindSafe(|| {
+        last_line::forget();
+        logger::start_fork(None);
         kept.extend(logger::descriptors());
         terminal::leave_to_parent();
         signals::restore_default_actions();

@@ -69,6 +69,7 @@ fn answer(listener: &UnixListener, image: &str, faults: &str) -> Result<()> {
     let image = File::open(image).with_context(|| image.to_owned())?;
     let (stream, _) = listener.accept()?;
     if faults == "none" {
+        println!("STALLED");
         // Until the monitor ends, or this process is killed.
         poll(&mut [PollFd::new(&stream, PollFlags::RDHUP)], None)?;
         return Ok(());

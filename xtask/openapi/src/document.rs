@@ -122,7 +122,7 @@ fn describe(operation: &Operation, schemas: &mut Schemas) -> Result<Value> {
 fn respond(answer: &Answer, deprecation: bool, schemas: &mut Schemas) -> Result<Value> {
     let mut response = json!({ "description": answer.description });
     if let Some(schema) = answer.schema {
-        response["content"] = json!({ "application/json": { "schema": schemas.answer(schema)? } });
+        response["content"] = json!({ answer.media_type: { "schema": schemas.answer(schema)? } });
     }
     if deprecation {
         response["headers"] = json!({ "Deprecation": { "$ref": "#/components/headers/Deprecation" } });

@@ -3,9 +3,9 @@
 //! `control` has the table of endpoints itself. A test there compares both.
 
 use config::{
-    Action, BootSource, Drive, DriveUpdate, Entropy, Fork, ForkOutcome, FullVmConfig, InstanceInfo, Logger,
-    MachineConfig, MachineConfigUpdate, MmdsConfig, NetworkInterface, NetworkInterfaceUpdate, Serial,
-    SnapshotCreate, SnapshotJob, SnapshotLoad, Version, Vm, Vsock,
+    Action, BootSource, CpuConfig, Drive, DriveUpdate, Entropy, Fork, ForkOutcome, FullVmConfig,
+    InstanceInfo, Logger, MachineConfig, MachineConfigUpdate, Metrics, MmdsConfig, NetworkInterface,
+    NetworkInterfaceUpdate, Serial, SnapshotCreate, SnapshotJob, SnapshotLoad, Version, Vm, Vsock,
 };
 use schemars::{JsonSchema, Schema, SchemaGenerator, json_schema};
 
@@ -52,21 +52,29 @@ pub(crate) struct Body {
 pub(crate) struct Answer {
     pub(crate) status: &'static str,
     pub(crate) description: &'static str,
+    pub(crate) media_type: &'static str,
     pub(crate) schema: Option<SchemaOf>,
 }
 
-const DONE: &[Answer] = &[Answer { status: "204", description: "Done.", schema: None }];
+const JSON: &str = "application/json";
+const DONE: &[Answer] = &[Answer { status: "204", description: "Done.", media_type: JSON, schema: None }];
 const METADATA_DONE: &[Answer] = &[
-    Answer { status: "204", description: "Done.", schema: None },
+    Answer { status: "204", description: "Done.", media_type: JSON, schema: None },
     Answer {
         status: "413",
         description: "The contents would be larger than `--mmds-size-limit`. Nothing was changed.",
+        media_type: JSON,
         schema: Some(of::<config::Fault>),
     },
 ];
 
 const fn json(schema: SchemaOf, description: &'static str) -> Answer {
-    Answer { status: "200", description, schema: Some(schema) }
+    Answer { status: "200", description, media_type: JSON, schema: Some(schema) }
+}
+
+/// An answer that is no JSON.
+const fn text(media_type: &'static str, description: &'static str) -> Answer {
+    Answer { status: "200", description, media_type, schema: Some(any_text) }
 }
 
 /// The schema of a type.
@@ -76,6 +84,10 @@ fn of<T: JsonSchema>(generator: &mut SchemaGenerator) -> Schema {
 
 fn any_object(_: &mut SchemaGenerator) -> Schema {
     json_schema!({ "type": "object", "additionalProperties": true })
+}
+
+fn any_text(_: &mut SchemaGenerator) -> Schema {
+    json_schema!({ "type": "string" })
 }
 
 const fn body(schema: SchemaOf, example: &'static str) -> Body {
@@ -151,6 +163,20 @@ pub(crate) const OPERATIONS: &[Operation] = &[
     },
     Operation {
         method: "PUT",
+        path: "/cpu-config",
+        id: "putCpuConfiguration",
+        summary: "Set a custom CPU template",
+        more: "It replaces an earlier one, also a static template. An empty one changes nothing of the CPU.",
+        when: BeforeStart,
+        body: Some(body(
+            of::<CpuConfig>,
+            r#"{"cpuid_modifiers": [{"leaf": "0x7", "subleaf": "0x0", "flags": 1,
+                "modifiers": [{"register": "ebx", "bitmap": "0bxxxxxxxxxxxxxxx0xxxxxxxxxxxxxxxx"}]}]}"#,
+        )),
+        ..BARE
+    },
+    Operation {
+        method: "PUT",
         path: "/boot-source",
         id: "putGuestBootSource",
         summary: "Set the kernel, the initrd and the kernel command line",
@@ -169,6 +195,24 @@ pub(crate) const OPERATIONS: &[Operation] = &[
         summary: "Configure the monitor's log",
         when: BeforeStart,
         body: Some(body(of::<Logger>, r#"{"log_path": "vm.log", "level": "Debug"}"#)),
+        ..BARE
+    },
+    Operation {
+        path: "/metrics",
+        id: "getMetrics",
+        summary: "Show all counters as Prometheus text",
+        answers: &[text("text/plain", "The counters, in Prometheus' text format 0.0.4.")],
+        extension: true,
+        ..BARE
+    },
+    Operation {
+        method: "PUT",
+        path: "/metrics",
+        id: "putMetrics",
+        summary: "Set where lines of metrics go",
+        more: "Possible once.",
+        when: BeforeStart,
+        body: Some(body(of::<Metrics>, r#"{"metrics_path": "vm.metrics"}"#)),
         ..BARE
     },
     Operation {
@@ -285,6 +329,16 @@ pub(crate) const OPERATIONS: &[Operation] = &[
         ..BARE
     },
     Operation {
+        path: "/events",
+        id: "watchEvents",
+        summary: "Watch what happens to the microVM",
+        more: "The answer is a stream of server-sent events, which ends with the process. A client that \
+               sends `Last-Event-ID` gets what it missed.",
+        answers: &[text("text/event-stream", "The events.")],
+        extension: true,
+        ..BARE
+    },
+    Operation {
         method: "PUT",
         path: "/actions",
         id: "createSyncAction",
@@ -312,7 +366,12 @@ pub(crate) const OPERATIONS: &[Operation] = &[
         body: Some(body(of::<SnapshotCreate>, r#"{"snapshot_path": "vm.state", "mem_file_path": "vm.mem"}"#)),
         answers: &[
             json(of::<SnapshotJob>, "A live snapshot has begun."),
-            Answer { status: "204", description: "The snapshot is complete.", schema: None },
+            Answer {
+                status: "204",
+                description: "The snapshot is complete.",
+                media_type: JSON,
+                schema: None,
+            },
         ],
         ..BARE
     },

@@ -14,7 +14,7 @@ use super::qemu;
 /// Longest wait for a step of the boot.
 const TIMEOUT: Duration = Duration::from_mins(1);
 /// The boot timer's line, in every monitor with Firecracker's interface.
-const BOOT_TIMER: &str = "Guest-boot-time";
+pub(super) const BOOT_TIMER: &str = "Guest-boot-time";
 /// What the guest's first process prints.
 pub(super) const INIT: &str = "vesta-bench: init";
 

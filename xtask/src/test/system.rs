@@ -15,6 +15,7 @@ use super::inner::show;
 use super::record::{Plan, Record, Test, Verdict, read, unfinished};
 use super::tally::Tally;
 use crate::apt;
+use crate::clients;
 use crate::host::emulated::{Emulated, Watch};
 use crate::host::{self, Job, Kind, Outcome};
 use crate::kernels;
@@ -31,6 +32,8 @@ const WITH_PYTHON: &str = "mmds";
 const WITH_EXAMPLE: &str = "examples";
 /// The test binary that boots guests other than Linux.
 const WITH_MEMTEST: &str = "other_guests";
+/// The test binary that runs clients from package registries.
+const WITH_CLIENTS: &str = "clients";
 /// The test binary that holds a monitor to the description of its API.
 const WITH_SCHEMATHESIS: &str = "null_schemathesis";
 /// Test binaries of this kind run natively where `/dev/kvm` opens.
@@ -48,6 +51,7 @@ const PROGRAMS: &[(&str, &str)] = &[
     ("curl", "curl"),
     ("ethtool", "ethtool"),
     ("passt", "passt"),
+    ("gdb", "gdb"),
 ];
 
 /// Environment variables for the tests: the monitor, the kernels and busybox.
@@ -60,6 +64,21 @@ fn guest_environment(vmm: PathBuf) -> Result<Vec<(OsString, OsString)>> {
     ];
     variables.extend(kernels::tuned()?.map(|kernel| (env::TUNED, kernel.image)));
     Ok(variables.into_iter().map(|(name, path)| (name.into(), path.into())).collect())
+}
+
+/// Environment variables for the tests of clients from package registries. One that cannot be
+/// fetched has none; its tests are ignored.
+fn registry_clients() -> Result<Vec<(OsString, OsString)>> {
+    let mut variables = Vec::new();
+    match clients::python() {
+        Ok(dir) => variables.push((env::PYTHON_SDK.into(), dir.into())),
+        Err(error) => say!("firecracker-python cannot be fetched: {error:#}"),
+    }
+    match clients::fetch_rust() {
+        Ok(()) => variables.push((env::RUST_SDK.into(), clients::rust()?.into())),
+        Err(error) => say!("firecracker-rs-sdk cannot be fetched: {error:#}"),
+    }
+    Ok(variables)
 }
 
 /// Runs the whole-system tests whose name contains the filter.
@@ -91,6 +110,10 @@ pub(super) fn run(filter: &str) -> Result<Tally> {
 
     if tests.iter().any(|test| test.suite == WITH_EXAMPLE) {
         job.env.push((env::EXAMPLE.into(), build::example()?.into()));
+    }
+
+    if tests.iter().any(|test| test.suite == WITH_CLIENTS) {
+        job.env.extend(registry_clients()?);
     }
 
     let (kind, why) = host::choose()?;

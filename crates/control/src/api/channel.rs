@@ -19,6 +19,8 @@ use std::{
 use rustix::event::{EventfdFlags, eventfd};
 use sync::EventFd;
 
+use crate::events::EventLog;
+use crate::metrics::ApiStats;
 use crate::{Command, CommandError, Reply};
 use socket_file::SocketFile;
 
@@ -36,6 +38,7 @@ pub struct Requests {
     arrived: Arc<OwnedFd>,
     api: Arc<Waker>,
     thread: Option<JoinHandle<()>>,
+    stats: Arc<ApiStats>,
     socket_file: Option<SocketFile>,
 }
 
@@ -73,6 +76,7 @@ pub(super) struct Outbox {
     answers: mpsc::Receiver<Answer>,
     to_answer: mpsc::Sender<Answer>,
     api: Arc<Waker>,
+    stats: Arc<ApiStats>,
 }
 
 /// Wakes the API thread, and tells it when to end.
@@ -83,22 +87,38 @@ struct Waker {
 }
 
 /// Both ends, with no thread between them yet.
-pub(super) fn channel(socket_file: SocketFile) -> io::Result<(Requests, Outbox)> {
+///
+/// `events` wake the API thread too.
+pub(super) fn channel(socket_file: SocketFile, events: &EventLog) -> io::Result<(Requests, Outbox)> {
     let flags = EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK;
     let arrived = Arc::new(eventfd(0, flags | EventfdFlags::SEMAPHORE)?);
     let api = Arc::new(Waker { event: EventFd::new()?, stop: AtomicBool::new(false) });
+    events.set_wake(api.event.try_clone()?);
     let (commands, inbox) = mpsc::channel();
     let (to_answer, answers) = mpsc::channel();
-    let outbox =
-        Outbox { commands, arrived: Arc::clone(&arrived), answers, to_answer, api: Arc::clone(&api) };
+    let stats = Arc::<ApiStats>::default();
+    let outbox = Outbox {
+        commands,
+        arrived: Arc::clone(&arrived),
+        answers,
+        to_answer,
+        api: Arc::clone(&api),
+        stats: Arc::clone(&stats),
+    };
     let requeued = RefCell::default();
-    Ok((Requests { inbox, requeued, arrived, api, thread: None, socket_file: Some(socket_file) }, outbox))
+    let socket_file = Some(socket_file);
+    Ok((Requests { inbox, requeued, arrived, api, thread: None, stats, socket_file }, outbox))
 }
 
 impl Requests {
     /// Sets the API thread, which is joined at the end.
     pub(super) fn set_thread(&mut self, thread: JoinHandle<()>) {
         self.thread = Some(thread);
+    }
+
+    /// What the API thread counts.
+    pub(crate) fn stats(&self) -> Arc<ApiStats> {
+        Arc::clone(&self.stats)
     }
 
     /// The next request, if there is one. Does not wait.
@@ -178,12 +198,18 @@ impl Outbox {
         }
     }
 
+    /// What this thread counts.
+    pub(super) fn stats(&self) -> &Arc<ApiStats> {
+        &self.stats
+    }
+
     /// The next answer, if there is one.
     pub(super) fn try_recv(&self) -> Option<Answer> {
         self.answers.try_recv().ok()
     }
 
-    /// A descriptor that is readable when there may be an answer, or the thread is to end.
+    /// A descriptor that is readable when there may be an answer or an event, or the thread is to
+    /// end.
     pub(super) fn wake_fd(&self) -> BorrowedFd<'_> {
         self.api.event.as_fd()
     }

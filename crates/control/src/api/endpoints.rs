@@ -14,34 +14,48 @@ pub struct Endpoint<R> {
     pub path: &'static str,
     /// Whether a request may not have further segments. Otherwise they are ignored.
     pub(super) exact: bool,
-    /// What reads its requests.
-    pub(super) read: R,
+    pub(super) target: Target<R>,
+}
+
+/// What an endpoint's requests ask for.
+#[derive(Debug, Clone, Copy)]
+pub(super) enum Target<R> {
+    /// A command, and what reads it.
+    Command(R),
+    /// The stream of events.
+    Events,
 }
 
 impl<R> Endpoint<R> {
     pub(super) const fn get(path: &'static str, read: R) -> Endpoint<R> {
-        Endpoint { method: Method::Get, path, exact: false, read }
+        Endpoint { method: Method::Get, path, exact: false, target: Target::Command(read) }
     }
 
     pub(super) const fn put(path: &'static str, read: R) -> Endpoint<R> {
-        Endpoint { method: Method::Put, path, exact: false, read }
+        Endpoint { method: Method::Put, path, exact: false, target: Target::Command(read) }
     }
 
     pub(super) const fn patch(path: &'static str, read: R) -> Endpoint<R> {
-        Endpoint { method: Method::Patch, path, exact: false, read }
+        Endpoint { method: Method::Patch, path, exact: false, target: Target::Command(read) }
     }
 
     pub(super) const fn delete(path: &'static str, read: R) -> Endpoint<R> {
-        Endpoint { method: Method::Delete, path, exact: false, read }
+        Endpoint { method: Method::Delete, path, exact: false, target: Target::Command(read) }
+    }
+
+    pub(super) const fn events(path: &'static str) -> Endpoint<R> {
+        Endpoint { method: Method::Get, path, exact: false, target: Target::Events }
     }
 
     fn segments(&self) -> impl Iterator<Item = &'static str> + use<R> {
         self.path.split('/').filter(|segment| !segment.is_empty())
     }
 
-    /// How many segments of `path` are the endpoint's. `None` if the path is another endpoint's.
+    /// How many segments of `path` are the endpoint's. `None` if the path is another endpoint's. A
+    /// parameter at the end may be missing: then the id is empty, which has an error of its own.
     fn matches(&self, path: &[&str]) -> Option<usize> {
-        let len = self.segments().count();
+        let named = self.segments().filter(|segment| !segment.starts_with('{')).count();
+        let len = if path.len() == named { named } else { self.segments().count() };
         let has_further = path.len() > len;
         // The root has no segment that would tell it from other paths.
         let fits = path.len() == len || has_further && len > 0 && !self.exact;

@@ -3,7 +3,8 @@
 //!
 //! ```text
 //! clients <-- unix socket --> fc_api (epoll) -- Request --> main thread
-//!                                   ^------- ReplyTo --------'
+//!                                   ^------- ReplyTo --------|
+//!                                   '------- EventLog -------'
 //! ```
 //!
 //! The main thread creates an [`ApiServer`], to which clients can connect from then on, and spawns
@@ -20,12 +21,17 @@
 //!   main thread. It counts among [`Limits::max_connections`] until that command is answered, even
 //!   if its client hangs up.
 //! - Every request is answered, with an error if the main thread drops it.
+//! - A connection that asked for events (`GET /events`) is a stream until it closes. It holds a few
+//!   KiB of events that its client has not read. The next ones stay in the [`EventLog`], which
+//!   drops the oldest.
 
 mod channel;
 mod connection;
 mod endpoints;
+#[cfg(any(test, feature = "testing"))]
+pub mod fuzz;
 mod limits;
-mod replay;
+mod request_log;
 mod routes;
 mod server;
 
@@ -38,10 +44,11 @@ use std::{
 pub use channel::{ReplyTo, Request, Requests};
 pub use endpoints::Endpoint;
 pub use limits::Limits;
-pub use replay::{Replayed, replay};
-pub use routes::{ENDPOINTS, Read, RouteError, Routed, route};
-pub use socket_file::{BindError, Occupant};
+pub use routes::{ENDPOINTS, Read, Route, RouteError, Routed, route};
+pub use socket_file::{BindError, Occupant, leave_all as leave_all_sockets};
 use socket_file::{SocketFile, SocketType};
+
+use crate::events::EventLog;
 
 /// The thread's name. Tools look for it.
 pub const THREAD_NAME: &str = "fc_api";
@@ -63,6 +70,7 @@ impl ApiServer {
     /// [`Self::spawn`] returns, is dropped.
     pub fn bind(path: &Path, limits: Limits) -> Result<ApiServer, BindError> {
         let (listener, socket_file) = socket_file::bind("API socket", path, SocketType::STREAM)?;
+        request_log::listening(path);
         Ok(ApiServer { listener, socket_file, limits })
     }
 
@@ -81,11 +89,12 @@ impl ApiServer {
         self.socket_file.leave_to_child();
     }
 
-    /// Starts the thread, which inherits the signal mask of the caller. Fails if the process or the
-    /// host is out of descriptors, memory or threads.
-    pub fn spawn(self) -> io::Result<Requests> {
-        let (mut requests, outbox) = channel::channel(self.socket_file)?;
-        let server = server::Server::new(self.listener, outbox, self.limits)?;
+    /// Starts the thread, which inherits the signal mask of the caller, and streams `events` to
+    /// clients that ask for them. Fails if the process or the host is out of descriptors, memory or
+    /// threads.
+    pub fn spawn(self, events: EventLog) -> io::Result<Requests> {
+        let (mut requests, outbox) = channel::channel(self.socket_file, &events)?;
+        let server = server::Server::new(self.listener, outbox, events, self.limits)?;
         requests.set_thread(sync::thread::spawn(THREAD_NAME, Some(STACK_SIZE), move || server.run())?);
         Ok(requests)
     }

@@ -2,7 +2,8 @@
 
 use std::{
     os::fd::{AsFd, OwnedFd},
-    time::Duration,
+    sync::Arc,
+    time::{Duration, Instant},
 };
 
 use rustix::{
@@ -18,8 +19,9 @@ use super::{
     channel::Outbox,
     connection::{Connection, Next},
     limits::Limits,
+    request_log,
 };
-use crate::{CommandError, http::TOO_MANY_CONNECTIONS};
+use crate::{CommandError, events::EventLog, http::TOO_MANY_CONNECTIONS};
 
 /// Most events of one `epoll_wait`.
 const EVENTS_AT_A_TIME: usize = 16;
@@ -38,6 +40,9 @@ pub(super) struct Server {
     /// Whether the listener is watched. It is not for [`ACCEPT_PAUSE`] after an accept failed.
     accepting: bool,
     outbox: Outbox,
+    events: EventLog,
+    /// When streams of events get the next comment; `None` without streams.
+    comment_at: Option<Instant>,
     limits: Limits,
     /// The connections: at most `limits.max_connections`, allocated when first needed.
     slots: Vec<Option<Slot>>,
@@ -52,25 +57,44 @@ struct Slot {
 }
 
 impl Server {
-    pub(super) fn new(listener: OwnedFd, outbox: Outbox, limits: Limits) -> Result<Server, Errno> {
+    pub(super) fn new(
+        listener: OwnedFd,
+        outbox: Outbox,
+        events: EventLog,
+        limits: Limits,
+    ) -> Result<Server, Errno> {
         let epoll = epoll::create(CreateFlags::CLOEXEC)?;
         epoll::add(&epoll, &listener, EventData::new_u64(LISTENER), EventFlags::IN)?;
         epoll::add(&epoll, outbox.wake_fd(), EventData::new_u64(WAKE), EventFlags::IN)?;
-        Ok(Server { epoll, listener, accepting: true, outbox, limits, slots: Vec::new() })
+        Ok(Server {
+            epoll,
+            listener,
+            accepting: true,
+            outbox,
+            events,
+            comment_at: None,
+            limits,
+            slots: Vec::new(),
+        })
     }
 
     /// Serves until the main thread's end is dropped.
     pub(super) fn run(mut self) {
+        request_log::server_started();
         let nothing = Event { flags: EventFlags::empty(), data: EventData::new_u64(0) };
         let mut events = [nothing; EVENTS_AT_A_TIME];
         let mut stopped = false;
         while !stopped {
             let count = self.wait(&mut events);
             stopped = self.outbox.is_stopped();
+            let (mut clients_wait, mut woken) = (false, false);
             for event in &events[..count] {
                 match event.data.u64() {
-                    LISTENER => self.accept(),
-                    WAKE => self.outbox.clear_wake(),
+                    LISTENER => clients_wait = true,
+                    WAKE => {
+                        self.outbox.clear_wake();
+                        woken = true;
+                    }
                     slot => self.advance(slot as usize),
                 }
             }
@@ -85,11 +109,39 @@ impl Server {
                     self.advance(answer.slot);
                 }
             }
+            self.advance_streams(woken);
+            // Last, because the other events free slots.
+            if clients_wait {
+                self.accept();
+            }
         }
         self.refuse_all();
     }
 
-    /// Answers the connections that still wait with an error.
+    /// Sends streams their events if there may be new ones (`woken`), and a comment if it is time.
+    fn advance_streams(&mut self, woken: bool) {
+        let comment = self.comment_at.is_some_and(|at| Instant::now() >= at);
+        let mut streams = 0;
+        for number in 0..self.slots.len() {
+            let Some(slot) = self.slots[number].as_mut().filter(|slot| slot.connection.is_stream()) else {
+                continue;
+            };
+            streams += 1;
+            if comment {
+                slot.connection.put_comment();
+            }
+            if comment || woken {
+                self.advance(number);
+            }
+        }
+        if streams == 0 {
+            self.comment_at = None;
+        } else if comment || self.comment_at.is_none() {
+            self.comment_at = Some(Instant::now() + self.limits.stream_comment_interval);
+        }
+    }
+
+    /// Answers the connections that still wait with an error, and sends streams their last events.
     fn refuse_all(&mut self) {
         for slot in self.slots.iter_mut().flatten() {
             slot.connection.answer(Err(CommandError::NoAnswer));
@@ -101,10 +153,10 @@ impl Server {
     fn wait(&mut self, events: &mut [Event]) -> usize {
         let timeout = if self.slots.iter().flatten().any(|slot| slot.again) {
             Some(Duration::ZERO)
-        } else if self.accepting {
-            None
         } else {
-            Some(ACCEPT_PAUSE)
+            let comment = self.comment_at.map(|at| at.saturating_duration_since(Instant::now()));
+            let accept = (!self.accepting).then_some(ACCEPT_PAUSE);
+            comment.into_iter().chain(accept).min()
         };
         let timeout = timeout.map(|time| Timespec::try_from(time).expect("a short time fits"));
         let count = match epoll::wait(&self.epoll, &mut *events, timeout.as_ref()) {
@@ -133,19 +185,34 @@ impl Server {
     }
 
     fn open(&mut self, socket: OwnedFd) {
-        let free = self.slots.iter().position(Option::is_none).unwrap_or(self.slots.len());
+        let mut free = self.free_slot();
+        if free >= self.limits.max_connections {
+            // Clients may have hung up since the last events, and one may only have to hang up.
+            (0..self.slots.len()).for_each(|slot| self.advance(slot));
+            let lingering = |slot: &Slot| slot.connection.is_lingering();
+            if let Some(slot) = self.slots.iter_mut().find(|slot| slot.as_ref().is_none_or(lingering)) {
+                *slot = None;
+            }
+            free = self.free_slot();
+        }
         if free >= self.limits.max_connections {
             // The empty send buffer of a new connection takes this. Otherwise the client sees the
             // close.
             let _ = send(&socket, TOO_MANY_CONNECTIONS, SendFlags::NOSIGNAL);
             return;
         }
-        let connection = Connection::new(socket, &self.limits);
+        let stats = Arc::clone(self.outbox.stats());
+        let connection = Connection::new(socket, self.events.clone(), &self.limits, stats);
         if free == self.slots.len() {
             self.slots.push(None);
         }
         self.slots[free] = Some(Slot { connection, watched: EventFlags::empty(), again: false });
         self.schedule(free, Next::When(EventFlags::IN));
+    }
+
+    /// The first free slot, which may be one more than there are.
+    fn free_slot(&self) -> usize {
+        self.slots.iter().position(Option::is_none).unwrap_or(self.slots.len())
     }
 
     /// Advances a connection. A slot that was emptied by an earlier event is skipped.

@@ -5,7 +5,7 @@ mod report;
 use std::os::fd::{AsFd, AsRawFd, RawFd};
 use std::path::PathBuf;
 
-use config::{FullVmConfig, Logger};
+use config::{FullVmConfig, Logger, Metrics};
 use machine::MachineState;
 use memory::GuestRam;
 use net::NetBackend;
@@ -51,6 +51,8 @@ pub struct ChildSpec {
     pub api: Option<ApiServer>,
     /// Its log, if it is not its parent's.
     pub logger: Option<Logger>,
+    /// The output of its metrics, if it has one.
+    pub(crate) metrics: Option<Metrics>,
     /// The cgroup that it moves to.
     pub cgroup: Option<PathBuf>,
     /// Reports to the parent how the start went. If it is dropped unused, the parent sees that the

@@ -46,9 +46,10 @@ use config::{ChildOutcome, ChildState, Drive, Fork, ForkOutcome};
 pub use crate::child::{ChildSpec, ForkPlan, ParentState, Reporter};
 use crate::child::{Report, Reports};
 use crate::drive_commands::{settle_swaps, switch_to_overlays, write_back};
+use crate::events::Event;
 use crate::host::Host;
 use crate::live_snapshot::LiveSnapshotJob;
-use crate::microvm::{MicroVm, to_json};
+use crate::microvm::MicroVm;
 use crate::overlays::files::NewFiles;
 use crate::overlays::plan::{OverlayPlan, Planner};
 use crate::pause::{pause, resume_after_pause};
@@ -70,6 +71,8 @@ pub(crate) fn fork<H: Host>(
     fork: &Fork,
 ) -> Result<Reply, CommandError> {
     let forked = fork_children(vm, tasks, fork);
+    let stats = vm.metrics.operations();
+    if forked.is_ok() { &stats.forks } else { &stats.fork_fails }.add(1);
     vm.backends.drives.merge_many_layers(&vm.identity.id);
     forked
 }
@@ -107,6 +110,7 @@ fn fork_children<H: Host>(
     let forked = fork_paused(vm, tasks, &plan, children, &bases);
     let resumed = if was_running { resume_after_pause(vm, tasks) } else { Ok(()) };
     let paused_for = begin.elapsed();
+    vm.metrics.operations().fork_pauses.record(nanos(paused_for));
     own_files.keep(|path| vm.backends.drives.uses_overlay(path));
     settle_swaps(vm, tasks);
     vm.backends.drives.keep_merged(&bases, forked.is_ok());
@@ -131,7 +135,13 @@ fn fork_children<H: Host>(
         }
     }
     resumed?;
-    answer(fork, &reports, begin, paused_for)
+    let started = reports.iter().flatten().filter(|report| report.error.is_none()).count();
+    let stats = vm.metrics.operations();
+    stats.children_started.add(started as u64);
+    stats.children_failed.add((count - started) as u64);
+    let answer = answer(fork, &reports, begin, paused_for)?;
+    vm.events.publish(&Event::Forked(answer.clone()));
+    Ok(Reply::Json(answer))
 }
 
 fn plan_overlays(planner: &Planner, id: &str, fork: &Fork) -> Result<Plans, CommandError> {
@@ -143,6 +153,10 @@ fn plan_overlays(planner: &Planner, id: &str, fork: &Fork) -> Result<Plans, Comm
         plan.map(|plan| (plan, files)).map_err(|error| CommandError::child(child.id.as_str(), error))
     });
     Ok(((own, own_files), children.collect::<Result<_, _>>()?))
+}
+
+fn nanos(time: Duration) -> u64 {
+    u64::try_from(time.as_nanos()).unwrap_or(u64::MAX)
 }
 
 /// The part of a fork for which the guest is paused.
@@ -182,7 +196,7 @@ fn answer(
     reports: &[Option<Report>],
     begin: Instant,
     paused_for: Duration,
-) -> Result<Reply, CommandError> {
+) -> Result<serde_json::Value, CommandError> {
     let micros = |time: Duration| u64::try_from(time.as_micros()).unwrap_or(u64::MAX);
     let mut living = 0;
     let mut first_error = None;
@@ -211,6 +225,7 @@ fn answer(
     let children: Vec<_> = children.collect();
     match first_error {
         Some(error) if living == 0 => Err(error),
-        _ => to_json(&ForkOutcome { pause_us: micros(paused_for), children }),
+        _ => serde_json::to_value(ForkOutcome { pause_us: micros(paused_for), children })
+            .map_err(CommandError::Json),
     }
 }

@@ -33,6 +33,7 @@ pub(super) fn child_spec(
         identity: Identity { id: child.id.as_str().to_owned(), ..vm.identity.clone() },
         api: api.map_err(|error| CommandError::child(child.id.as_str(), error))?,
         logger: child.logger.clone(),
+        metrics: child.metrics.clone(),
         cgroup: child.cgroup.clone(),
         reporter,
         platform: vm.platform,

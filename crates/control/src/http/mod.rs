@@ -10,17 +10,22 @@
 //! - How a stream is cut into pieces never changes which requests come out of it.
 //! - A decoder holds at most one head and one body, both within its limits, and the rest of the
 //!   piece that came with their last byte.
-//! - Where the end of a bad request is uncertain, the decoder ignores all that follows, and the
-//!   connection closes.
+//! - A refused request is skipped to its end, and the next one is read. Only where its end is
+//!   uncertain, the decoder ignores all that follows, and the connection closes: after a
+//!   `Content-Length` that is no number or contradicts another, a transfer encoding other than
+//!   chunks, and a refusal that came in place of `100 Continue`.
+//! - Connections stay open as long as clients want, also those of HTTP/1.0 and with `Connection:
+//!   close`: Firecracker's do, and clients send another request on them.
 //!
 //! # Not supported
 //!
-//! Chunked bodies, and methods other than GET, PUT, PATCH and DELETE. Both are refused, and the
-//! connection closes.
+//! Chunked bodies, and methods other than GET, PUT, PATCH and DELETE. Both are refused.
 
+mod decoder;
 mod request;
 mod response;
+mod skip;
 
-pub use request::{Decoded, Decoder, MAX_HEADERS, Method, ProtocolError, Refusal, Request};
-pub use response::{Response, TOO_MANY_CONNECTIONS, put_continue};
-pub use vesta_http::Version;
+pub use decoder::{Decoded, Decoder, MAX_HEADERS};
+pub use request::{Method, ProtocolError, Refusal, Request};
+pub use response::{Response, TOO_MANY_CONNECTIONS, put_continue, put_event_stream_head};

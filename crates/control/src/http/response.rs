@@ -35,7 +35,7 @@ impl Response {
         Response::new(200, Some(body.to_string()))
     }
 
-    /// 200: success, with another body.
+    /// 200: success, with a text.
     pub fn text(content_type: &'static str, body: Cow<'static, str>) -> Response {
         let content = Some((content_type, body));
         Response(vesta_http::Response { content, ..vesta_http::Response::new(200, "") })
@@ -44,6 +44,12 @@ impl Response {
     /// 400: the API refuses the request: `{"fault_message":"..."}`.
     pub fn fault(message: &str) -> Response {
         Response::new(400, Some(serde_json::json!({ "fault_message": message }).to_string()))
+    }
+
+    /// 503: so many clients do this already that one more is refused; with the body of a fault.
+    pub fn unavailable(message: &str) -> Response {
+        let Response(fault) = Response::fault(message);
+        Response(vesta_http::Response { status: 503, ..fault })
     }
 
     /// 413: data over a limit of the API, with the body of a fault.
@@ -71,15 +77,23 @@ impl Response {
         self
     }
 
-    /// Appends the bytes of the response to `out`.
-    pub fn put(&self, version: Version, keep_alive: bool, out: &mut Vec<u8>) {
-        self.0.put(version, keep_alive, out);
+    /// Appends the bytes of the response to `out`. The version is HTTP/1.1, whatever the request's
+    /// was (RFC 9110, 6.2).
+    pub fn put(&self, keep_alive: bool, out: &mut Vec<u8>) {
+        self.0.put(Version::Http11, keep_alive, out);
     }
 }
 
+/// Appends the head of a stream of server-sent events to `out`. The stream ends with the
+/// connection.
+pub fn put_event_stream_head(out: &mut Vec<u8>) {
+    let header = Some(("Content-Type", "text/event-stream".to_owned()));
+    vesta_http::Response { header, ..vesta_http::Response::new(200, "") }.put(Version::Http11, false, out);
+}
+
 /// Appends `100 Continue` to `out`, the interim response that asks a client for its body.
-pub fn put_continue(version: Version, out: &mut Vec<u8>) {
-    Response::new(100, None).put(version, true, out);
+pub fn put_continue(out: &mut Vec<u8>) {
+    Response::new(100, None).put(true, out);
 }
 
 #[cfg(test)]
@@ -88,16 +102,16 @@ mod tests {
 
     use super::*;
 
-    fn text(response: &Response, version: Version, keep_alive: bool) -> String {
+    fn text(response: &Response, keep_alive: bool) -> String {
         let mut out = Vec::new();
-        response.put(version, keep_alive, &mut out);
+        response.put(keep_alive, &mut out);
         String::from_utf8(out).unwrap()
     }
 
     #[test]
     fn empty_response_has_no_reason_phrase_and_no_length() {
         assert_eq!(
-            text(&Response::no_content(), Version::Http11, true),
+            text(&Response::no_content(), true),
             "HTTP/1.1 204 \r\nServer: Firecracker API\r\nConnection: keep-alive\r\n\r\n"
         );
     }
@@ -105,30 +119,41 @@ mod tests {
     #[test]
     fn headers_are_in_firecrackers_order() {
         assert_eq!(
-            text(&Response::ok(&serde_json::json!({"a": 1})).deprecated(true), Version::Http10, false),
-            "HTTP/1.0 200 \r\nServer: Firecracker API\r\nConnection: close\r\nDeprecation: true\r\n\
+            text(&Response::ok(&serde_json::json!({"a": 1})).deprecated(true), false),
+            "HTTP/1.1 200 \r\nServer: Firecracker API\r\nConnection: close\r\nDeprecation: true\r\n\
              Content-Type: application/json\r\nContent-Length: 7\r\n\r\n{\"a\":1}"
         );
     }
 
     #[test]
     fn fault_escapes_its_message() {
-        let response = text(&Response::fault("a \"quoted\"\nword"), Version::Http11, true);
+        let response = text(&Response::fault("a \"quoted\"\nword"), true);
         let (_, body) = response.split_once("\r\n\r\n").unwrap();
         assert_eq!(body, r#"{"fault_message":"a \"quoted\"\nword"}"#);
     }
 
     #[test]
     fn too_large_is_a_fault_with_status_413() {
-        let response = text(&Response::too_large("x"), Version::Http11, true);
+        let response = text(&Response::too_large("x"), true);
         assert!(response.starts_with("HTTP/1.1 413 \r\n") && response.ends_with(r#"{"fault_message":"x"}"#));
+    }
+
+    #[test]
+    fn event_stream_ends_with_its_connection() {
+        let mut out = Vec::new();
+        put_event_stream_head(&mut out);
+        assert_eq!(
+            String::from_utf8(out).unwrap(),
+            "HTTP/1.1 200 \r\nServer: Firecracker API\r\nConnection: close\r\n\
+             Content-Type: text/event-stream\r\n\r\n"
+        );
     }
 
     #[test]
     fn payload_too_large_has_firecrackers_bytes() {
         let error = ProtocolError::PayloadTooLarge { size: 260, limit: 250 };
         assert_eq!(
-            text(&Response::protocol_error(&error), Version::Http11, true),
+            text(&Response::protocol_error(&error), true),
             "HTTP/1.1 400 \r\nServer: Firecracker API\r\nConnection: keep-alive\r\n\
              Content-Type: application/json\r\nContent-Length: 145\r\n\r\n\
              { \"error\": \"Request payload with size 260 is larger than the limit of 250 allowed by server.\n\
@@ -139,7 +164,7 @@ mod tests {
     #[test]
     fn protocol_error_escapes_its_message() {
         let error = HeadError::BadContentLength("\"\n".into()).into();
-        let response = text(&Response::protocol_error(&error), Version::Http11, false);
+        let response = text(&Response::protocol_error(&error), false);
         let (_, body) = response.split_once("\r\n\r\n").unwrap();
         let body: Value = serde_json::from_str(body).unwrap();
         assert!(body["error"].as_str().unwrap().contains("\"\n"));

@@ -12,10 +12,12 @@ use config::{ConfigError, Drive, FullVmConfig, SnapshotCreate, SnapshotError, Sn
 use machine::{MachineState, Paused};
 use memory::image::{self, ImageError, ImageInfo, Observer, WrittenImage};
 use memory::{GuestRam, PageSet};
+use serde_json::json;
 use snapshot::{AtomicFile, Header, Staged, Writer};
 
 use super::config::{KIND, SavedConfig};
 use crate::drive_commands::{settle_swaps, switch_to_overlays, write_back};
+use crate::events::Event;
 use crate::host::Host;
 use crate::live_snapshot::{self, LiveSnapshotJob, SnapshotWriter};
 use crate::microvm::MicroVm;
@@ -51,11 +53,41 @@ pub(crate) fn create<H: Host>(
     // On a file system that does not answer, this waits as well.
     tasks.run(vm, Some(&paths_of(create)), move |_| check_targets(&targets, &drives))??;
     if !create.live {
-        return create_paused(vm, tasks, create);
+        let begun = Instant::now();
+        publish(vm, create, begun, None);
+        let created = create_paused(vm, tasks, create);
+        publish(vm, create, begun, Some(&created));
+        return created;
     }
     let created = create_live(vm, tasks, create);
     vm.backends.drives.merge_many_layers(&vm.identity.id);
     created
+}
+
+/// Publishes that a snapshot of a paused guest has begun, or how it has ended.
+fn publish(
+    vm: &MicroVm,
+    create: &SnapshotCreate,
+    begun: Instant,
+    ended: Option<&Result<Reply, CommandError>>,
+) {
+    let state = match ended {
+        None => "Running",
+        Some(Ok(_)) => "Done",
+        Some(Err(error)) if error.is_cancelled() => "Cancelled",
+        Some(Err(_)) => "Failed",
+    };
+    let mut description = json!({
+        "state": state,
+        "snapshot_path": create.snapshot_path.to_string_lossy(),
+        "mem_file_path": create.mem_file_path.to_string_lossy(),
+        "snapshot_type": create.snapshot_type,
+        "elapsed_us": u64::try_from(begun.elapsed().as_micros()).unwrap_or(u64::MAX),
+    });
+    if let Some(Err(error)) = ended {
+        description["error"] = error.to_string().into();
+    }
+    vm.events.publish(&Event::Snapshot(description));
 }
 
 fn create_paused<H: Host>(
@@ -114,11 +146,16 @@ fn create_live<H: Host>(
     files.keep(|path| vm.backends.drives.uses_overlay(path));
     settle_swaps(vm, tasks);
     vm.backends.drives.keep_merged(&bases, forked.is_ok());
-    let mut job = job.started(pause_us, forked?);
-    let reply = job.describe();
+    let forked = forked?;
+    let stats = vm.metrics.operations();
+    stats.live_snapshots.add(1);
+    stats.live_snapshot_pauses.record(pause_us.saturating_mul(1000));
+    let mut job = job.started(pause_us, forked);
+    vm.events.publish(&Event::Snapshot(job.description()));
+    let description = job.describe();
     vm.live_snapshot = Some(job);
     resumed?;
-    Ok(reply)
+    Ok(Reply::Json(description))
 }
 
 /// The part of a live snapshot for which the guest is paused. Returns the pages that count as saved

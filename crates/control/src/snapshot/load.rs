@@ -24,6 +24,7 @@ use crate::CommandError;
 use crate::backends::Backends;
 use crate::boot::serial_setup;
 use crate::drives::Drives;
+use crate::events::{Event, StartedBy};
 use crate::host::Host;
 use crate::microvm::MicroVm;
 use crate::networks::{Networks, open_existing};
@@ -63,11 +64,13 @@ pub(crate) fn load<H: Host>(
     let pci = saved.config.pci;
     let devices = backends.device_setup(metadata.service(&vm.identity.id), pci);
     let machine_config = backends.settings.machine_config.clone();
+    let cpu_config = backends.settings.cpu_config.clone();
     let clock = if load.clock_realtime { ClockAfter::CatchesUp } else { ClockAfter::Continues };
     let restored = tasks.run(vm, Some(&paths), move |token| {
         token.check()?;
         Paused::restore(Restore {
             config: &machine_config,
+            cpu_config: cpu_config.as_ref(),
             state: &saved.machine,
             ram,
             page_server,
@@ -90,6 +93,7 @@ pub(crate) fn load<H: Host>(
     };
     backends.networks.release();
     vm.backends = backends;
+    vm.backends.drives.report_failures(vm.lifecycle.notices());
     files.keep(|path| vm.backends.drives.uses_overlay(path));
     if load.resume_vm {
         working_set.iter_mut().for_each(WorkingSetTask::guest_runs);
@@ -97,7 +101,10 @@ pub(crate) fn load<H: Host>(
     (vm.metadata, vm.working_set) = (metadata, working_set);
     vm.platform.pci = pci;
     tasks.host.guest_starts(vm.serial_output.is_none());
+    vm.metrics.guest_starts(machine.stats());
     vm.lifecycle.start(machine, load.resume_vm).map_err(CommandError::snapshot)?;
+    let by = StartedBy::Restore(load.snapshot_path.clone());
+    vm.events.publish(&Event::Started { by, phase: vm.lifecycle.phase() });
     log::info!("the microVM of {} is restored", load.snapshot_path.display());
     Ok(())
 }

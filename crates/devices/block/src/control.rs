@@ -48,7 +48,7 @@ impl BlockControl {
     }
 
     /// The device's counters.
-    pub fn stats(&self) -> &BlockStats {
+    pub fn stats(&self) -> &Arc<BlockStats> {
         &self.shared.stats
     }
 

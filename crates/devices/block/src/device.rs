@@ -16,7 +16,6 @@ use crate::error::BlockError;
 use crate::request::SERIAL_LEN;
 use crate::shared::{Limits, LiveState, Shared};
 use crate::state::{BlockConfig, BlockState};
-use crate::stats::BlockStats;
 use crate::task::{BlockTask, Setup};
 use sync::locked;
 use virtio::device::{
@@ -87,7 +86,7 @@ impl Block {
         let shared = Arc::new(Shared {
             id: config.id.clone(),
             serial,
-            stats: BlockStats::default(),
+            stats: Arc::default(),
             limited: AtomicBool::new(!limiter.is_unlimited()),
             limits: Mutex::new(Limits { limiter, now }),
             config_changed: AtomicBool::new(config_changed),

@@ -53,8 +53,9 @@ pub enum BlockError {
 /// Why a disk cannot be opened, served or closed.
 #[derive(Debug, thiserror::Error)]
 pub enum DiskError {
-    /// The kernel refuses to open it.
-    #[error("cannot open {}: {source}", path.display())]
+    /// The kernel refuses to open it. The path comes last too: clients of Firecracker take it from
+    /// there.
+    #[error("cannot open {0}: {source} {0}", path.display())]
     Open {
         /// The file or device.
         path: PathBuf,

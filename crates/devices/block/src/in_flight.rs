@@ -8,6 +8,7 @@ use crate::io_request::Token as DiskToken;
 use crate::request::Range;
 use crate::slab::Slab;
 use virtio::queue::GuestBuffer;
+use virtio::worker::Nanos;
 
 /// Requests in flight, by token.
 #[derive(Default)]
@@ -25,6 +26,8 @@ pub(crate) struct InFlightRequest {
     pub(crate) data_len: u32,
     pub(crate) status: GuestBuffer,
     pub(crate) kind: RequestKind,
+    /// When it was taken from its queue.
+    pub(crate) started: Nanos,
     /// Bytes reserved in the backlog: those that the disk may have to move.
     pub(crate) bytes: u64,
     /// Completions of the disk that are still to come.

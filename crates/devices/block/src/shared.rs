@@ -18,7 +18,7 @@ use crate::stats::BlockStats;
 pub(crate) struct Shared {
     pub(crate) id: String,
     pub(crate) serial: [u8; SERIAL_LEN as usize],
-    pub(crate) stats: BlockStats,
+    pub(crate) stats: Arc<BlockStats>,
     pub(crate) limits: Mutex<Limits>,
     /// Whether there is a limit; spares the lock where there is none.
     pub(crate) limited: AtomicBool,

@@ -1,6 +1,6 @@
 //! Counters of a block device.
 
-use sync::Counter;
+use sync::{Counter, Latency};
 
 use crate::in_flight::RequestKind;
 
@@ -31,21 +31,35 @@ pub struct BlockStats {
     pub rate_limiter_event_count: Counter,
     /// Changes of the disk or the limits.
     pub update_count: Counter,
+    /// Changes of the disk that failed.
+    pub update_fails: Counter,
     /// Activations that failed.
     pub activate_fails: Counter,
+    /// Kicks of queues that turned out to be empty.
+    pub no_avail_buffer: Counter,
+    /// Times that the disk had too much in flight to take a request.
+    pub engine_throttled_events: Counter,
+    /// Requests that were left in a queue each time that a request was held back.
+    pub remaining_reqs_count: Counter,
+    /// Time from when a read was taken from its queue until it was complete.
+    pub read_latency: Latency,
+    /// The same of writes.
+    pub write_latency: Latency,
 }
 
 impl BlockStats {
-    /// Counts a request that succeeded.
-    pub(crate) fn count(&self, kind: RequestKind) {
+    /// Counts a request that succeeded after `ns` nanoseconds.
+    pub(crate) fn count(&self, kind: RequestKind, ns: u64) {
         match kind {
             RequestKind::Read { bytes } => {
                 self.read_count.add(1);
                 self.read_bytes.add(bytes);
+                self.read_latency.record(ns);
             }
             RequestKind::Write { bytes } => {
                 self.write_count.add(1);
                 self.write_bytes.add(bytes);
+                self.write_latency.record(ns);
             }
             RequestKind::Flush => {
                 self.flush_count.add(1);

@@ -39,7 +39,7 @@ use sync::EventFd;
 use sync::locked;
 use virtio::device::{ActiveQueue, Interrupt};
 use virtio::queue::{Buffers, Chain, Queue, QueueError};
-use virtio::worker::{Context, Event, Interest, Placement, Task, Token};
+use virtio::worker::{Context, Event, Interest, Nanos, Placement, Task, Token};
 
 /// Most requests in flight.
 const MAX_IN_FLIGHT: usize = 256;
@@ -81,6 +81,10 @@ pub(crate) struct BlockTask {
     /// The handle to swap to once nothing is in flight.
     pending: Option<PendingSwap>,
     in_flight: InFlight,
+    /// Requests taken so far.
+    taken: u64,
+    /// When this round took its first request.
+    round_began: Option<Nanos>,
     chain: Chain,
     ranges: Vec<Range>,
     /// Set from `quiesce` to `resume`.
@@ -122,6 +126,8 @@ impl BlockTask {
             next_ring: 0,
             pending: None,
             in_flight: InFlight::default(),
+            taken: 0,
+            round_began: None,
             chain: Chain::new(),
             ranges: Vec::new(),
             quiesced: true,
@@ -171,7 +177,7 @@ impl BlockTask {
             self.swap_disk(cx, backend);
             let stop = self.take_requests(cx, backend)?;
             backend.queue.submit_and_reap();
-            let published = self.publish_completions(&mut backend.queue)?;
+            let published = self.publish_completions(cx, &mut backend.queue)?;
             if published || backend.queue.has_more() || matches!(stop, Stop::Batch) {
                 continue;
             }
@@ -217,6 +223,7 @@ impl BlockTask {
             return Ok(Stop::Held);
         }
         self.rings.iter_mut().for_each(|ring| ring.empty = false);
+        self.round_began = None;
         let count = self.rings.len();
         let mut taken = 0;
         let mut index = self.next_ring;
@@ -228,6 +235,8 @@ impl BlockTask {
             }
             if backend.queue.in_flight() >= MAX_IN_FLIGHT {
                 self.next_ring = index;
+                self.setup.shared.stats.engine_throttled_events.add(1);
+                self.count_remaining(index)?;
                 return Ok(Stop::Held);
             }
             let ring = &mut self.rings[index];
@@ -240,6 +249,7 @@ impl BlockTask {
                         return Ok(Stop::Held);
                     }
                     taken += 1;
+                    self.taken += 1;
                 } else {
                     ring.empty = true;
                 }
@@ -247,6 +257,13 @@ impl BlockTask {
             index = (index + 1) % count;
         }
         Ok(Stop::Empty)
+    }
+
+    /// Counts the requests that are left in ring `index` because one is held back.
+    fn count_remaining(&mut self, index: usize) -> Result<(), QueueError> {
+        let left = self.rings[index].queue.available()?;
+        self.setup.shared.stats.remaining_reqs_count.add(left.into());
+        Ok(())
     }
 
     /// Takes the request that was popped from ring `index`. False if the rate limiter or the
@@ -263,15 +280,18 @@ impl BlockTask {
         let (bytes, cost) = cost_of(command, &self.ranges, &backend.queue);
         let is_read = matches!(command, Some(Command::Read { .. }));
         if !backend.queue.reserve(cost, is_read) {
+            self.setup.shared.stats.engine_throttled_events.add(1);
             self.rings[index].queue.rewind(&self.chain)?;
+            self.count_remaining(index)?;
             return Ok(false);
         }
         if !self.setup.shared.allow(cx, bytes) {
-            if !std::mem::replace(&mut self.throttled, true) {
-                self.setup.shared.stats.rate_limiter_throttled_events.add(1);
-            }
             backend.queue.release(cost);
             self.rings[index].queue.rewind(&self.chain)?;
+            if !std::mem::replace(&mut self.throttled, true) {
+                self.setup.shared.stats.rate_limiter_throttled_events.add(1);
+                self.count_remaining(index)?;
+            }
             return Ok(false);
         }
         if std::mem::take(&mut self.throttled) {
@@ -293,6 +313,7 @@ impl BlockTask {
             data_len,
             status,
             kind: RequestKind::Flush,
+            started: *self.round_began.get_or_insert_with(|| cx.read_clock()),
             bytes: cost,
             left: 1,
             later: Vec::new(),
@@ -358,9 +379,11 @@ impl BlockTask {
     }
 
     /// Completes what the disk has finished, and publishes it. True if there was anything.
-    fn publish_completions(&mut self, disk: &mut DiskQueue) -> Result<bool, QueueError> {
+    fn publish_completions(&mut self, cx: &Context<'_>, disk: &mut DiskQueue) -> Result<bool, QueueError> {
+        let mut now = None;
         while let Some((token, result)) = disk.pop_completion() {
-            self.finish(disk, token, result)?;
+            let now = *now.get_or_insert_with(|| cx.read_clock());
+            self.finish(disk, token, result, now)?;
         }
         let mut published = false;
         for ring in &mut self.rings {
@@ -374,12 +397,13 @@ impl BlockTask {
         Ok(published)
     }
 
-    /// Handles one completion of the disk.
+    /// Handles one completion of the disk, at the time `now`.
     fn finish(
         &mut self,
         disk: &mut DiskQueue,
         token: DiskToken,
         result: Result<(), Errno>,
+        now: Nanos,
     ) -> Result<(), QueueError> {
         let request = self.in_flight.get(token);
         request.left -= 1;
@@ -410,7 +434,7 @@ impl BlockTask {
         disk.release(request.bytes);
         let (status, written) = match (request.error, request.kind) {
             (None, kind) => {
-                self.setup.shared.stats.count(kind);
+                self.setup.shared.stats.count(kind, now.saturating_sub(request.started));
                 // A read fills all of its buffers. Other requests write nothing but the status.
                 let written = if matches!(kind, RequestKind::Read { .. }) { request.data_len } else { 0 };
                 (Status::Ok, written)
@@ -518,8 +542,13 @@ impl Task for BlockTask {
     }
 
     fn kicked(&mut self, cx: &mut Context<'_>, _token: Token) {
-        self.setup.shared.stats.queue_event_count.add(1);
+        let stats = &self.setup.shared.stats;
+        stats.queue_event_count.add(1);
+        let taken = self.taken;
         self.work(cx);
+        if self.taken == taken && self.rings.iter().all(|ring| ring.empty) {
+            self.setup.shared.stats.no_avail_buffer.add(1);
+        }
     }
 
     fn ready(&mut self, cx: &mut Context<'_>, _event: Event) {

@@ -4,6 +4,7 @@ use std::sync::Arc;
 
 use crate::shared::Shared;
 use crate::state::EntropyState;
+use crate::stats::EntropyStats;
 use crate::task::EntropyTask;
 use virtio::device::{ActivateError, Activation, Device, DeviceKind, DeviceState};
 use virtio::rate_limiter::{RateLimiter, RateLimiterConfig, RateLimiterUpdate};
@@ -42,6 +43,11 @@ impl Entropy {
 }
 
 impl EntropyControl {
+    /// The device's counters.
+    pub fn stats(&self) -> &Arc<EntropyStats> {
+        &self.shared.stats
+    }
+
     /// The current rate limits.
     pub fn limits(&self) -> RateLimiterConfig {
         self.shared.limits().limiter.config()
@@ -78,7 +84,9 @@ impl Device for Entropy {
     }
 
     fn activate(&mut self, mut activation: Activation) -> Result<Vec<Box<dyn Task>>, ActivateError> {
-        let queue = activation.take_queue(0)?;
+        let queue = activation.take_queue(0).inspect_err(|_| {
+            self.shared.stats.activate_fails.add(1);
+        })?;
         self.shared.limits().kick = Some(Arc::clone(&queue.kick));
         Ok(vec![Box::new(EntropyTask::new(queue, activation.interrupt, Arc::clone(&self.shared)))])
     }

@@ -1,7 +1,7 @@
 //! The entropy device (virtio 1.3, section 5.4): random bytes from the host's kernel.
 //!
 //! ```text
-//!  device.rs   the device as its transport sees it     shared.rs   its rate limiter     state.rs
+//!  device.rs   the device as its transport sees it     shared.rs   its rate limiter     state.rs stats.rs
 //!      |
 //!  task.rs     serves the queue
 //! ```
@@ -26,10 +26,12 @@ mod device;
 pub mod fuzz;
 mod shared;
 mod state;
+mod stats;
 mod task;
 #[cfg(test)]
 mod tests;
 
 pub use device::{Entropy, EntropyControl};
 pub use state::EntropyState;
+pub use stats::EntropyStats;
 pub use task::MAX_REQUEST;

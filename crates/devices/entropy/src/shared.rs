@@ -3,6 +3,7 @@
 
 use std::sync::{Arc, Mutex, MutexGuard};
 
+use crate::stats::EntropyStats;
 use sync::EventFd;
 use sync::locked;
 use virtio::rate_limiter::RateLimiter;
@@ -12,6 +13,7 @@ use virtio::worker::Nanos;
 #[derive(Debug)]
 pub(crate) struct Shared {
     limits: Mutex<Limits>,
+    pub(crate) stats: Arc<EntropyStats>,
 }
 
 /// The rate limiter of the device.
@@ -26,7 +28,7 @@ pub(crate) struct Limits {
 
 impl Shared {
     pub(crate) fn new(limiter: RateLimiter, now: Nanos) -> Self {
-        Shared { limits: Mutex::new(Limits { limiter, now, kick: None }) }
+        Shared { limits: Mutex::new(Limits { limiter, now, kick: None }), stats: Arc::default() }
     }
 
     pub(crate) fn limits(&self) -> MutexGuard<'_, Limits> {

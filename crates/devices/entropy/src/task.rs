@@ -30,6 +30,8 @@ pub(crate) struct EntropyTask {
     shared: Arc<Shared>,
     chain: Chain,
     chunk: Box<[u8; CHUNK]>,
+    /// The rate limiter holds a request back.
+    throttled: bool,
     /// The device needs a reset.
     failed: bool,
 }
@@ -63,6 +65,7 @@ impl EntropyTask {
             shared,
             chain: Chain::new(),
             chunk: Box::new([0; CHUNK]),
+            throttled: false,
             failed: false,
         }
     }
@@ -75,6 +78,11 @@ impl EntropyTask {
             Ok(Progress::Empty | Progress::Throttled) => {}
             Ok(Progress::MoreWork) => cx.reschedule(),
             Err(error) => {
+                let stats = &self.shared.stats;
+                stats.entropy_event_fails.add(1);
+                if matches!(error, TaskError::Random(_)) {
+                    stats.host_rng_fails.add(1);
+                }
                 self.failed = true;
                 cx.clear_timer();
                 self.interrupt.needs_reset(&error);
@@ -106,12 +114,16 @@ impl EntropyTask {
                 return Ok(Progress::Empty);
             }
             let len = self.chain.writable().len().min(MAX_REQUEST);
-            if !self.take_tokens(cx, len) {
+            self.throttled = !self.take_tokens(cx, len);
+            if self.throttled {
+                self.shared.stats.entropy_rate_limiter_throttled.add(1);
                 self.queue.rewind(&self.chain)?;
                 return Ok(Progress::Throttled);
             }
             self.fill(len)?;
             self.queue.add_used(self.chain.head(), len)?;
+            self.shared.stats.entropy_event_count.add(1);
+            self.shared.stats.entropy_bytes.add(len.into());
             // An empty request costs something, too.
             *served += u64::from(len).max(CHUNK as u64);
         }
@@ -172,6 +184,10 @@ impl Task for EntropyTask {
     fn ready(&mut self, _cx: &mut Context<'_>, _event: Event) {}
 
     fn timer(&mut self, cx: &mut Context<'_>) {
+        // A reschedule arrives here too.
+        if std::mem::take(&mut self.throttled) {
+            self.shared.stats.rate_limiter_event_count.add(1);
+        }
         self.work(cx);
     }
 

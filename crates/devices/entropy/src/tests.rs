@@ -77,7 +77,7 @@ fn many_large_requests_are_all_served() {
 
 #[test]
 fn rate_limiter_delays_requests_until_its_timer() {
-    let (mut guest, mut driver, _) = guest(Kind::Mmio, bandwidth(1000, 100));
+    let (mut guest, mut driver, control) = guest(Kind::Mmio, bandwidth(1000, 100));
     assert_eq!(guest.worker.next_timer(), None);
     for _ in 0..3 {
         driver.add(&[], &[(DATA, 1000)]).unwrap();
@@ -94,6 +94,10 @@ fn rate_limiter_delays_requests_until_its_timer() {
     guest.worker.advance(100 * MS);
     assert!(driver.take_used().is_some());
     assert_eq!(guest.worker.next_timer(), None, "no request is delayed");
+    let stats = control.stats();
+    assert_eq!((stats.entropy_event_count.get(), stats.entropy_bytes.get()), (3, 3000));
+    assert_eq!(stats.entropy_rate_limiter_throttled.get(), 2);
+    assert_eq!(stats.rate_limiter_event_count.get(), 2);
 }
 
 #[test]
@@ -149,7 +153,7 @@ fn restored_device_delays_by_the_remaining_time() {
 
 #[test]
 fn broken_queue_sets_device_needs_reset() {
-    let (mut guest, driver, _) = guest(Kind::Mmio, RateLimiterConfig::default());
+    let (mut guest, driver, control) = guest(Kind::Mmio, RateLimiterConfig::default());
     driver.set_descriptor(0, u64::MAX - 5, 10, 2, 0);
     driver.set_avail_entry(0, 0);
     driver.set_avail_idx(1);
@@ -157,4 +161,6 @@ fn broken_queue_sets_device_needs_reset() {
     assert_eq!(guest.status(), RUNNING | Status::DEVICE_NEEDS_RESET);
     guest.kick(0);
     assert_eq!(guest.broken_count(), 1);
+    let stats = control.stats();
+    assert_eq!((stats.entropy_event_fails.get(), stats.host_rng_fails.get()), (1, 0));
 }

@@ -364,7 +364,7 @@ impl Device for Net {
 
 impl NetControl {
     /// Counters of the device.
-    pub fn stats(&self) -> &NetStats {
+    pub fn stats(&self) -> &Arc<NetStats> {
         &self.shared.stats
     }
 

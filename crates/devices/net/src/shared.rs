@@ -19,7 +19,7 @@ use virtio::worker::Nanos;
 /// State that the device, its tasks and its control share.
 pub(crate) struct Shared {
     pub(crate) id: String,
-    pub(crate) stats: NetStats,
+    pub(crate) stats: Arc<NetStats>,
     /// Rate limiter of frames to the guest.
     pub(crate) rx_limiter: SharedLimiter,
     /// Rate limiter of frames from the guest.
@@ -105,7 +105,7 @@ impl Shared {
             setup;
         Shared {
             id,
-            stats: NetStats::default(),
+            stats: Arc::default(),
             rx_limiter,
             tx_limiter,
             tap,

@@ -1,6 +1,6 @@
 //! Counters of a network device.
 
-use sync::Counter;
+use sync::{Counter, Latency};
 
 /// Counters that only grow, summed over all queues.
 #[derive(Debug, Default)]
@@ -45,8 +45,16 @@ pub struct NetStats {
 
     /// Control commands that failed.
     pub ctrl_fails: Counter,
-    /// Times that a delay by the rate limiter ended.
-    pub rate_limiter_event_count: Counter,
+    /// Times that a delay of a frame for the guest by the rate limiter ended.
+    pub rx_rate_limiter_event_count: Counter,
+    /// Times that a delay of a frame from the guest by the rate limiter ended.
+    pub tx_rate_limiter_event_count: Counter,
+    /// Kicks of transmit queues that turned out to be empty.
+    pub no_tx_avail_buffer: Counter,
+    /// Frames that were left in a transmit queue each time that a frame had to wait.
+    pub tx_remaining_reqs_count: Counter,
+    /// Time to pass a frame on, averaged over the frames that were sent in one go.
+    pub tap_write_latency: Latency,
     /// Changes of the rate limits.
     pub update_count: Counter,
     /// Activations that failed.

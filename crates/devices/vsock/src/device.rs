@@ -53,7 +53,7 @@ impl Vsock {
             reset_wanted: AtomicBool::new(reset),
             waker: Mutex::default(),
             next_port: AtomicU32::new(next_port),
-            stats: VsockStats::default(),
+            stats: Arc::default(),
         });
         (Vsock { guest_cid, shared: Arc::clone(&shared) }, VsockControl { shared })
     }
@@ -70,7 +70,7 @@ impl VsockControl {
     }
 
     /// The device's statistics.
-    pub fn stats(&self) -> &VsockStats {
+    pub fn stats(&self) -> &Arc<VsockStats> {
         &self.shared.stats
     }
 }

@@ -19,5 +19,5 @@ pub(crate) struct Shared {
     pub(crate) waker: Mutex<Option<Arc<EventFd>>>,
     /// Saved as `VsockState::next_port`. Only the task changes it.
     pub(crate) next_port: AtomicU32,
-    pub(crate) stats: VsockStats,
+    pub(crate) stats: Arc<VsockStats>,
 }

@@ -22,6 +22,7 @@ pub(super) fn table(devices: &DeviceAddresses) -> impl Aml {
     serial_port(&mut body);
     keyboard(&mut body);
     vm_gen_id(&mut body);
+    pvpanic(&mut body);
     match devices {
         DeviceAddresses::Mmio(windows) => {
             for (number, window) in (0..).zip(windows) {
@@ -140,6 +141,24 @@ fn vm_gen_id(sink: &mut dyn AmlSink) {
     .to_aml_bytes(sink);
 }
 
+/// The pvpanic device. `QEMU0001` is its ID in Linux.
+fn pvpanic(sink: &mut dyn AmlSink) {
+    Scope::new(
+        "_SB_".into(),
+        vec![&Device::new(
+            "PEVT".into(),
+            vec![
+                &Name::new("_HID".into(), &"QEMU0001"),
+                &Name::new(
+                    "_CRS".into(),
+                    &ResourceTemplate::new(vec![&IO::new(layout::PVPANIC, layout::PVPANIC, 1, 1)]),
+                ),
+            ],
+        )],
+    )
+    .to_aml_bytes(sink);
+}
+
 /// A virtio-mmio device. `LNRO0005` is its ID in Linux.
 fn virtio_device(sink: &mut dyn AmlSink, number: u32, window: MmioWindow) {
     let registers = Memory32Fixed::new(true, window.addr as u32, 0x1000);
@@ -218,6 +237,17 @@ mod tests {
         vm_gen_id(&mut aml);
         for id in [&b"_HID\x0dVMGENCTR\0"[..], b"_CID\x0dVM_Gen_Counter\0", b"_HID\x0dAMZNC10C\0"] {
             assert!(aml.windows(id.len()).any(|bytes| bytes == id), "{}", String::from_utf8_lossy(id));
+        }
+    }
+
+    #[test]
+    fn pvpanic_has_the_id_that_drivers_match_and_one_port() {
+        let mut aml = Vec::new();
+        pvpanic(&mut aml);
+        // An I/O port descriptor (ACPI 6.5, 6.4.2.5): 16-bit decode, from, to, alignment, length.
+        let port = [0x47, 1, 0x05, 0x05, 0x05, 0x05, 1, 1];
+        for part in [&b"_HID\x0dQEMU0001\0"[..], &port] {
+            assert!(aml.windows(part.len()).any(|bytes| bytes == part), "{part:x?} in {aml:x?}");
         }
     }
 }

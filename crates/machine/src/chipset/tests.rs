@@ -153,6 +153,7 @@ fn timer_interrupt_right_after_a_restore_is_not_lost() {
     let (events, _source) = event_channel().unwrap();
     let machine = Paused::build(Setup {
         config: &config,
+        cpu_config: None,
         boot: BootFiles { kernel, initrd: None, cmdline: String::new() },
         serial: serial(&path),
         boot_timer: None,
@@ -177,6 +178,7 @@ fn timer_interrupt_right_after_a_restore_is_not_lost() {
         let (events, _source) = event_channel().unwrap();
         let restored = Paused::restore(Restore {
             config: &config,
+            cpu_config: None,
             state: &state,
             ram,
             page_server: None,

@@ -1,6 +1,7 @@
-//! Whether this host's CPU has the features that a saved guest uses.
+//! Whether this host's CPU has the features that a guest uses: a saved guest, or a new one with a
+//! CPU template.
 //!
-//! A guest may use all features that CPUID showed to it. Two kinds of bits do not count: those of
+//! A guest may use all features that CPUID shows to it. Two kinds of bits do not count: those of
 //! AMX without its state components, which older versions of this monitor showed
 //! ([`super::cpuid`]), and those for what the CPU does not do.
 //!
@@ -30,6 +31,9 @@ const OSPKE: u32 = 1 << 4;
 /// The time stamp counter never stops. The other bits of its leaf are about power management, which
 /// guests do not have.
 const INVARIANT_TSC: u32 = 1 << 8;
+/// Statements about how speculation is best controlled, and that a bit of EFER is missing. KVM
+/// provides nothing for them. The template T2A shows them on each host.
+const T2A_STATEMENTS: u32 = 7 << 18;
 /// All bits.
 const ALL: u32 = u32::MAX;
 
@@ -44,7 +48,7 @@ const FEATURES: [FeatureLeaf; 11] = [
     FeatureLeaf { leaf: 0xd, index: 1, bits: [ALL, 0, 0, 0] },
     FeatureLeaf { leaf: 0x8000_0001, index: 0, bits: [0, 0, ALL, ALL] },
     FeatureLeaf { leaf: 0x8000_0007, index: 0, bits: [0, 0, 0, INVARIANT_TSC] },
-    FeatureLeaf { leaf: 0x8000_0008, index: 0, bits: [0, ALL, 0, 0] },
+    FeatureLeaf { leaf: 0x8000_0008, index: 0, bits: [0, !T2A_STATEMENTS, 0, 0] },
     FeatureLeaf { leaf: 0x8000_0021, index: 0, bits: [ALL, 0, 0, 0] },
     FeatureLeaf { leaf: 0x4000_0001, index: 0, bits: [ALL, 0, 0, 0] },
 ];

@@ -1,8 +1,8 @@
 //! CPUID as a guest sees it.
 //!
-//! The leaves are those that KVM supports on this host. Changed are those that depend on the
-//! microVM (topology, APIC ID) and those of features that a guest cannot use (power management,
-//! performance counters). Leaves are described in the Intel SDM, volume 2, and the AMD APM, volume
+//! The leaves are those that KVM supports on this host, as a CPU template changes them
+//! ([`super::template`]). Changed are then those that depend on the microVM (topology, APIC ID) and
+//! those of features that a guest cannot use (power management, performance counters). Leaves are described in the Intel SDM, volume 2, and the AMD APM, volume
 //! 3.
 //!
 //! # Features that are shown completely or not at all
@@ -90,19 +90,67 @@ pub(crate) struct Cpuid {
     topology: Topology,
 }
 
-impl Cpuid {
-    /// The leaves that this host supports, for vCPUs in this `topology`.
-    pub(crate) fn new(kvm: &Kvm, topology: Topology) -> Result<Self, KvmError> {
+/// What this host offers to guests, before this monitor or a CPU template changes it.
+#[derive(Debug, Clone)]
+pub(crate) struct HostCpuid {
+    /// The leaves that KVM supports.
+    supported: Vec<kvm_cpuid_entry2>,
+    /// Those [`X87_LIMITS`] that the host's CPU has.
+    x87_limits: u32,
+}
+
+impl HostCpuid {
+    /// Asks KVM and the CPU.
+    pub(crate) fn read(kvm: &Kvm) -> Result<Self, KvmError> {
         // First: KVM reports permitted features only, and the process has no vCPU yet.
         request_amx();
         let processor = __cpuid_count(0x7, 0).ebx;
-        Ok(Self::from_supported(kvm.supported_cpuid()?.as_slice(), processor & X87_LIMITS, topology))
+        let supported = kvm.supported_cpuid()?.as_slice().to_vec();
+        Ok(HostCpuid { supported, x87_limits: processor & X87_LIMITS })
+    }
+
+    /// A host with these leaves.
+    #[cfg(test)]
+    pub(super) fn of(supported: Vec<kvm_cpuid_entry2>) -> Self {
+        HostCpuid { supported, x87_limits: 0 }
+    }
+
+    /// The leaves that KVM supports.
+    pub(super) fn supported(&self) -> &[kvm_cpuid_entry2] {
+        &self.supported
+    }
+
+    /// What a guest without a CPU template sees, on vCPUs in this `topology`.
+    pub(crate) fn cpuid(&self, topology: Topology) -> Cpuid {
+        self.normalized(self.supported.clone(), topology)
+    }
+
+    /// The same for other `leaves`, which a template has changed.
+    pub(super) fn normalized(&self, leaves: Vec<kvm_cpuid_entry2>, topology: Topology) -> Cpuid {
+        Cpuid { entries: leaves, vendor: vendor(&self.supported), topology }.normalized(self.x87_limits)
+    }
+}
+
+impl Cpuid {
+    /// The leaves that this host supports, for vCPUs in this `topology`.
+    pub(crate) fn new(kvm: &Kvm, topology: Topology) -> Result<Self, KvmError> {
+        Ok(HostCpuid::read(kvm)?.cpuid(topology))
     }
 
     /// From the leaves that KVM supports, and those [`X87_LIMITS`] that the host's CPU has.
+    #[cfg(test)]
     fn from_supported(supported: &[kvm_cpuid_entry2], x87_limits: u32, topology: Topology) -> Self {
-        let vendor = vendor(supported);
-        let mut cpuid = Cpuid { entries: supported.to_vec(), vendor, topology };
+        HostCpuid { supported: supported.to_vec(), x87_limits }.cpuid(topology)
+    }
+
+    /// Whether there is such a leaf.
+    pub(super) fn has(&self, leaf: u32, index: u32) -> bool {
+        self.entries.iter().any(|e| (e.function, e.index) == (leaf, index))
+    }
+
+    /// Makes all changes that do not depend on the vCPU.
+    fn normalized(self, x87_limits: u32) -> Self {
+        let mut cpuid = self;
         cpuid.hide_incomplete_units();
         cpuid.normalize_features();
         cpuid.for_each(0x7, |e| {
@@ -464,7 +512,7 @@ mod tests {
     }
 
     fn has(cpuid: &Cpuid, function: u32, index: u32) -> bool {
-        cpuid.entries.iter().any(|e| (e.function, e.index) == (function, index))
+        cpuid.has(function, index)
     }
 
     #[test]

@@ -78,7 +78,7 @@ pub(crate) fn set_boot_msrs(vcpu: &VcpuFd) -> Result<(), KvmError> {
 }
 
 /// Reads MSRs. Leaves out those that this vCPU does not have.
-pub(super) fn get_msrs(vcpu: &VcpuFd, indices: &[u32]) -> Result<Vec<Msr>, KvmError> {
+pub(crate) fn get_msrs(vcpu: &VcpuFd, indices: &[u32]) -> Result<Vec<Msr>, KvmError> {
     let mut got = Vec::with_capacity(indices.len());
     let mut left = indices;
     while !left.is_empty() {

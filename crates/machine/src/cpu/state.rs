@@ -107,16 +107,26 @@ pub(crate) struct StateFormat {
 }
 
 impl StateFormat {
-    /// Asks KVM what it can save of the vCPUs of `vm`.
-    pub(crate) fn of(kvm: &Kvm, vm: &Vm) -> Result<Self, KvmError> {
+    /// Asks KVM what it can save of the vCPUs of `vm`. `more` are MSRs that are saved even if KVM
+    /// does not list them, where it can read them.
+    pub(crate) fn of(kvm: &Kvm, vm: &Vm, more: &[u32]) -> Result<Self, KvmError> {
         let mut msrs = kvm.msr_indices()?;
-        msrs.extend(unlisted_msrs().filter(|index| !msrs.contains(index)).collect::<Vec<_>>());
+        for index in unlisted_msrs().chain(more.iter().copied()) {
+            if !msrs.contains(&index) {
+                msrs.push(index);
+            }
+        }
         Ok(StateFormat {
             msrs,
             xsave: XsaveSize::of(&vm.shared_fd()),
             nested: kvm.saves_nested_state(),
             scales_tsc: vm.shared_fd().check_extension(Cap::TscControl),
         })
+    }
+
+    /// The MSRs that KVM can save.
+    pub(crate) fn msrs(&self) -> &[u32] {
+        &self.msrs
     }
 }
 
@@ -148,6 +158,11 @@ impl VcpuState {
     pub(crate) fn counter(&self) -> SavedCounter {
         let counter = self.msrs.iter().find(|msr| msr.index == IA32_TSC).map(|msr| msr.value);
         SavedCounter { counter, offset: self.tsc_offset, khz: self.tsc_khz }
+    }
+
+    /// The numbers of the saved MSRs.
+    pub(crate) fn msr_indices(&self) -> Vec<u32> {
+        self.msrs.iter().map(|msr| msr.index).collect()
     }
 
     /// Restores CPUID and the counter's frequency of a new `vcpu`. KVM accesses no guest memory.

@@ -53,13 +53,16 @@ use std::time::Duration;
 
 use block::BlockControl;
 use net::NetControl;
+use virtio::transport::FailureObserver;
 use virtio::worker::{WorkerId, Workers, monotonic};
 use vsock::VsockControl;
 
 use crate::bus::Buses;
 use crate::kvm::Vm;
+use crate::stats::DevicesStats;
 
-use adapter::{BuildContext, IoWorkers};
+use adapter::{BuildContext, DeviceAdapter, IoWorkers};
+use adapters::{BlockAdapter, EntropyAdapter, NetAdapter, VsockAdapter};
 use io_event_fds::KvmIoEventFds;
 use table::{Controls, NO_ID};
 use virtio_bus::VirtioBus;
@@ -93,17 +96,20 @@ pub struct Devices {
     /// The I/O workers and the bus; `None` in a machine without devices, which has no such threads.
     running: Option<(Workers, VirtioBus)>,
     controls: Controls,
+    metadata: Option<Arc<mmds::Service>>,
 }
 
 impl Devices {
     /// Builds the devices and puts each at its address on the buses. With a saved state, the
-    /// devices are those that were saved, and their workers are paused.
+    /// devices are those that were saved, and their workers are paused. `failures` learns of
+    /// devices that fail.
     pub(crate) fn attach(
         mut setup: DeviceSetup,
         addresses: DeviceAddresses,
         saved: Option<&DevicesState>,
         vm: &Vm,
         buses: &mut Buses,
+        failures: Arc<dyn FailureObserver>,
     ) -> Result<Self, DeviceError> {
         let planned = table::plan(&mut setup, saved)?;
         let mut controls = Controls::default();
@@ -112,14 +118,14 @@ impl Devices {
             if setup.pci {
                 pci::add_root(buses, Arc::new(KvmIoEventFds(vm.shared_fd())));
             }
-            return Ok(Devices { running: None, controls });
+            return Ok(Devices { running: None, controls, metadata: None });
         }
         let needs = planned.iter().map(|device| device.io_workers()).collect::<Result<Vec<_>, _>>()?;
         let (workers, dedicated) = start_workers(&needs)?;
         if saved.is_some() {
             workers.pause(WORKER_START_TIMEOUT).map_err(|busy| worker_error(io::Error::other(busy)))?;
         }
-        let mut bus = VirtioBus::new(addresses, vm, buses, workers.clone());
+        let mut bus = VirtioBus::new(addresses, vm, buses, workers.clone(), failures);
         let now = monotonic();
         for (device, workers) in planned.into_iter().zip(dedicated) {
             let context = BuildContext {
@@ -134,7 +140,7 @@ impl Devices {
         if let Some(saved) = saved {
             bus.restore(saved)?;
         }
-        Ok(Devices { running: Some((workers, bus)), controls })
+        Ok(Devices { running: Some((workers, bus)), controls, metadata: setup.metadata })
     }
 
     /// The state of all devices. The vCPUs and the workers are paused.
@@ -154,6 +160,19 @@ impl Devices {
     /// from the queues. Waits at most `timeout` for those in flight.
     pub fn quiesce(&self, timeout: Duration) -> Result<(), virtio::worker::PauseError> {
         self.workers().map_or(Ok(()), |workers| workers.pause(timeout))
+    }
+
+    /// A handle to the counters of all devices.
+    pub(crate) fn stats(&self) -> DevicesStats {
+        let Some((_, bus)) = &self.running else { return DevicesStats::default() };
+        let Controls { drives, networks, entropy, vsock } = &self.controls;
+        DevicesStats {
+            drives: bus.stats_of(BlockAdapter::NOUN, drives, |drive| Arc::clone(drive.stats())),
+            networks: bus.stats_of(NetAdapter::NOUN, networks, |network| Arc::clone(network.stats())),
+            entropy: bus.stats_of(EntropyAdapter::NOUN, entropy, |entropy| Arc::clone(entropy.stats())).pop(),
+            vsock: bus.stats_of(VsockAdapter::NOUN, vsock, |vsock| Arc::clone(vsock.stats())).pop(),
+            metadata: self.metadata.clone(),
+        }
     }
 
     /// Changes the drive `id` while it works.

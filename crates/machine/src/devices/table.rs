@@ -144,6 +144,11 @@ impl<A: DeviceAdapter> PlannedDevice for Planned<A> {
     }
 }
 
+/// The name of a device in saved states, logs and errors.
+pub(super) fn device_name(noun: &str, id: &str) -> String {
+    if id == NO_ID { noun.to_owned() } else { format!("{noun} {id}") }
+}
+
 /// Plans the devices of one kind: gives each its name and decodes its saved state.
 fn plan_kind<A: DeviceAdapter>(
     devices: impl IntoIterator<Item = A::Setup>,
@@ -153,10 +158,7 @@ fn plan_kind<A: DeviceAdapter>(
     let mut devices: Vec<_> = devices.into_iter().collect();
     devices.sort_by_key(|setup| !A::is_first(setup));
     let plan = |setup| {
-        let name = match A::id(&setup) {
-            Some(id) => format!("{} {id}", A::NOUN),
-            None => A::NOUN.to_owned(),
-        };
+        let name = device_name(A::NOUN, A::id(&setup).unwrap_or(NO_ID));
         let state = saved.and_then(|saved| saved.device(&name)).map(DeviceState::decode).transpose();
         let state = state.map_err(|source| DeviceError::State { name: name.clone(), source })?;
         Ok(Box::new(Planned::<A> { name, setup, state, handles }) as Box<dyn PlannedDevice>)

@@ -7,20 +7,23 @@ use sync::locked;
 use virtio::device::Device;
 use virtio::transport::mmio::MmioTransport;
 use virtio::transport::pci::{PciRoot, PciTransport};
-use virtio::transport::{Attachment, IoEventFds};
+use virtio::transport::{Attachment, FailureObserver, IoEventFds};
 use virtio::worker::Workers;
 
 use super::address::{DeviceAddresses, MmioWindow};
 use super::error::DeviceError;
 use super::io_event_fds::KvmIoEventFds;
 use super::state::{DevicesState, SavedDevice, SavedTransport};
+use super::table::{Handles, device_name};
 use super::{mmio, pci};
 use crate::bus::Buses;
 use crate::kvm::Vm;
+use crate::stats::DeviceStats;
 
 /// All virtio devices of a machine.
 pub(super) struct VirtioBus {
     workers: Workers,
+    failures: Arc<dyn FailureObserver>,
     free: FreeAddresses,
     plugged: Vec<Plugged>,
 }
@@ -43,8 +46,15 @@ enum Transport {
 }
 
 impl VirtioBus {
-    /// A bus without devices. `workers` run the devices to come.
-    pub(super) fn new(addresses: DeviceAddresses, vm: &Vm, buses: &mut Buses, workers: Workers) -> Self {
+    /// A bus without devices. `workers` run the devices to come, and `failures` learns of those
+    /// that fail.
+    pub(super) fn new(
+        addresses: DeviceAddresses,
+        vm: &Vm,
+        buses: &mut Buses,
+        workers: Workers,
+        failures: Arc<dyn FailureObserver>,
+    ) -> Self {
         let io_event_fds = Arc::new(KvmIoEventFds(vm.shared_fd()));
         let free = match addresses {
             DeviceAddresses::Mmio(windows) => {
@@ -54,7 +64,7 @@ impl VirtioBus {
                 FreeAddresses::Pci { root: pci::add_root(buses, io_event_fds), next_slot: 1 }
             }
         };
-        VirtioBus { workers, free, plugged: Vec::new() }
+        VirtioBus { workers, failures, free, plugged: Vec::new() }
     }
 
     /// Puts a device at the next address.
@@ -66,7 +76,8 @@ impl VirtioBus {
         buses: &mut Buses,
     ) -> Result<(), DeviceError> {
         let (memory, workers) = (vm.ram().clone(), self.workers.clone());
-        let attachment = Attachment { name: name.clone(), device, memory, workers };
+        let failures = Arc::clone(&self.failures);
+        let attachment = Attachment { name: name.clone(), device, memory, workers, failures };
         let transport = match &mut self.free {
             FreeAddresses::Mmio { windows, io_event_fds } => {
                 let window = windows.next().expect("there is an address for each device");
@@ -81,6 +92,26 @@ impl VirtioBus {
         };
         self.plugged.push(Plugged { name, transport });
         Ok(())
+    }
+
+    /// The counters of the devices of one kind, which have `handles` by id and `noun` as the first
+    /// word of their names.
+    pub(super) fn stats_of<C, S>(
+        &self,
+        noun: &str,
+        handles: &Handles<C>,
+        stats: impl Fn(&C) -> Arc<S>,
+    ) -> Vec<DeviceStats<S>> {
+        let of_one = |(id, control): (&String, &C)| {
+            let name = device_name(noun, id);
+            let plugged = self.plugged.iter().find(|plugged| plugged.name == name)?;
+            let transport = match &plugged.transport {
+                Transport::Mmio(transport) => locked(transport).stats(),
+                Transport::Pci(function) => locked(function).stats(),
+            };
+            Some(DeviceStats { id: id.clone(), stats: stats(control), transport })
+        };
+        handles.iter().filter_map(of_one).collect()
     }
 
     /// The state of all devices. The workers are paused.

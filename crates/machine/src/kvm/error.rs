@@ -15,6 +15,9 @@ pub enum KvmError {
     /// The kernel lacks a capability that every guest needs.
     #[error("this host's KVM lacks {0}")]
     Missing(&'static str),
+    /// The kernel lacks capabilities that the CPU template requires.
+    #[error("cpu-config: kvm_capabilities: this host's KVM lacks {0}")]
+    MissingOfTemplate(String),
     /// More vCPUs than this host's KVM supports in one guest.
     #[error("machine-config: vcpu_count is {wanted}; this host's KVM allows at most {max}")]
     TooManyVcpus {

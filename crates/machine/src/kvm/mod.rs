@@ -14,11 +14,13 @@
 //!
 //! | module | what it is about |
 //! |---|---|
+//! | `capability` | what the host's KVM must have |
 //! | `error` | [`KvmError`], and the names of ioctls in it |
 //! | `memory_slot` | guest RAM as KVM knows it |
 //! | `eventfd` | eventfds as `kvm-ioctls` takes them |
 //! | `pic` | the PICs, before a guest programs them |
 
+mod capability;
 mod error;
 mod eventfd;
 mod memory_slot;
@@ -27,7 +29,11 @@ mod pic;
 use std::os::fd::AsRawFd;
 use std::sync::Arc;
 
-use kvm_bindings::{CpuId, KVM_MAX_CPUID_ENTRIES, KVM_PIT_SPEAKER_DUMMY, kvm_pit_config};
+use config::KvmCapability;
+use kvm_bindings::{
+    CpuId, KVM_CAP_SET_GUEST_DEBUG2, KVM_GUESTDBG_BLOCKIRQ, KVM_MAX_CPUID_ENTRIES, KVM_PIT_SPEAKER_DUMMY,
+    kvm_pit_config,
+};
 use kvm_ioctls::{Cap, VcpuFd, VmFd};
 use memory::GuestRam;
 use sync::EventFd;
@@ -42,39 +48,26 @@ pub(crate) use eventfd::lend;
 pub(crate) use pic::pic_state;
 pub(crate) use pic::{get_irqchip, mask_unprogrammed_pic};
 
-/// The capabilities that every guest needs, with their names for errors.
-const REQUIRED: [(Cap, &str); 13] = [
-    (Cap::Irqchip, "KVM_CAP_IRQCHIP"),
-    (Cap::Ioeventfd, "KVM_CAP_IOEVENTFD"),
-    (Cap::Irqfd, "KVM_CAP_IRQFD"),
-    (Cap::UserMemory, "KVM_CAP_USER_MEMORY"),
-    (Cap::SetTssAddr, "KVM_CAP_SET_TSS_ADDR"),
-    (Cap::Pit2, "KVM_CAP_PIT2"),
-    (Cap::ImmediateExit, "KVM_CAP_IMMEDIATE_EXIT"),
-    (Cap::Debugregs, "KVM_CAP_DEBUGREGS"),
-    (Cap::MpState, "KVM_CAP_MP_STATE"),
-    (Cap::VcpuEvents, "KVM_CAP_VCPU_EVENTS"),
-    (Cap::Xcrs, "KVM_CAP_XCRS"),
-    (Cap::Xsave, "KVM_CAP_XSAVE"),
-    (Cap::ExtCpuid, "KVM_CAP_EXT_CPUID"),
-];
-
-/// `/dev/kvm`, checked for its version and [`REQUIRED`] capabilities.
+/// `/dev/kvm`, checked for its version and the required capabilities.
 #[derive(Debug)]
 pub struct Kvm(kvm_ioctls::Kvm);
 
 impl Kvm {
     /// Opens `/dev/kvm`.
     pub fn open() -> Result<Self, KvmError> {
+        Self::open_with(&[])
+    }
+
+    /// Opens `/dev/kvm` for a CPU template, which adds capabilities to the required ones and
+    /// removes some.
+    pub fn open_with(changes: &[KvmCapability]) -> Result<Self, KvmError> {
         let kvm = kvm_ioctls::Kvm::new().map_err(KvmError::Open)?;
         let version = kvm.get_api_version();
         if version != API_VERSION {
             return Err(KvmError::ApiVersion(version));
         }
-        match REQUIRED.iter().find(|(cap, _)| !kvm.check_extension(*cap)) {
-            Some((_, name)) => Err(KvmError::Missing(name)),
-            None => Ok(Kvm(kvm)),
-        }
+        capability::check(changes, |number| kvm.check_extension_raw(number.into()) > 0)?;
+        Ok(Kvm(kvm))
     }
 
     /// The CPUID leaves that KVM supports on this host.
@@ -90,6 +83,13 @@ impl Kvm {
     /// Whether KVM can save the state of nested virtualization.
     pub fn saves_nested_state(&self) -> bool {
         self.0.check_extension(Cap::NestedState)
+    }
+
+    /// Whether a vCPU that a debugger steps can be kept from taking interrupts.
+    pub(crate) fn steps_without_interrupts(&self) -> bool {
+        // KVM_CAP_SET_GUEST_DEBUG2 is the mask of supported flags.
+        let flags = self.0.check_extension_raw(KVM_CAP_SET_GUEST_DEBUG2.into());
+        u32::try_from(flags).is_ok_and(|flags| flags & KVM_GUESTDBG_BLOCKIRQ != 0)
     }
 
     /// The most vCPUs that one VM can have.

@@ -18,9 +18,11 @@ use std::time::{Duration, Instant};
 use rustix::time::{
     Itimerspec, TimerfdClockId, TimerfdFlags, TimerfdTimerFlags, Timespec, timerfd_create, timerfd_settime,
 };
-use sync::{Counter, EventFd, locked};
+use sync::{EventFd, locked};
 use virtio::rate_limiter::{RateLimiter, RateLimiterConfig};
 use virtio::worker::monotonic;
+
+use crate::stats::SerialStats;
 
 /// Bytes of output that are buffered while the destination takes none.
 const OUTPUT_MAX: usize = 64 * 1024;
@@ -37,10 +39,8 @@ pub(crate) struct Console {
     drained: Condvar,
     /// Whether the timer is set for the output in the buffer.
     notified: AtomicBool,
-    /// Bytes that were dropped because the buffer was full.
-    pub(super) dropped: Counter,
-    /// Bytes that were dropped because they exceeded the rate limit.
-    pub(super) limited: Counter,
+    /// What the guest read and wrote, and what was dropped.
+    pub(super) stats: Arc<SerialStats>,
     /// Wakes the thread when there is output.
     pub(super) timer: OwnedFd,
     /// Wakes the thread when the guest wants input, and when the thread is to end.
@@ -67,11 +67,20 @@ impl Console {
             state: Mutex::new(State { open, limiter, ..State::default() }),
             drained: Condvar::new(),
             notified: AtomicBool::new(false),
-            dropped: Counter::default(),
-            limited: Counter::default(),
+            stats: Arc::default(),
             timer: timerfd_create(TimerfdClockId::Monotonic, TimerfdFlags::CLOEXEC | TimerfdFlags::NONBLOCK)?,
             wake: EventFd::new()?,
         })
+    }
+
+    /// Counts a byte that the guest read.
+    pub(super) fn count_read(&self) {
+        self.stats.read.add(1);
+    }
+
+    /// Counts a byte that the guest wrote.
+    pub(super) fn count_written(&self) {
+        self.stats.written.add(1);
     }
 
     /// Called when the guest has read all its input.
@@ -117,7 +126,7 @@ impl Console {
         }
         if !state.limiter.is_unlimited() && !state.limiter.try_take(bytes.len() as u64, monotonic()) {
             drop(state);
-            self.limited.add(bytes.len() as u64);
+            self.stats.limited.add(bytes.len() as u64);
             return;
         }
         let kept = bytes.len().min(OUTPUT_MAX - state.output.len());
@@ -125,7 +134,7 @@ impl Console {
         state.output.extend(&bytes[..kept]);
         let chunk_full = before < OUTPUT_CHUNK && state.output.len() >= OUTPUT_CHUNK;
         drop(state);
-        self.dropped.add((bytes.len() - kept) as u64);
+        self.stats.dropped.add((bytes.len() - kept) as u64);
         if !self.notified.swap(true, Ordering::AcqRel) {
             self.notify_in(GATHER_TIME);
         } else if chunk_full {

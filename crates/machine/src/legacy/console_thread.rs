@@ -17,6 +17,7 @@ use virtio::rate_limiter::RateLimiterConfig;
 use super::console::Console;
 use super::output::Output;
 use super::serial::SerialPort;
+use crate::stats::SerialStats;
 
 /// The most bytes of input that are read at once; a 16550 holds 64.
 const INPUT_MAX: usize = 64;
@@ -57,6 +58,11 @@ impl ConsoleThread {
         Ok((ConsoleThread { console, thread: Some(thread) }, port))
     }
 
+    /// The counters of the serial port.
+    pub(crate) fn stats(&self) -> Arc<SerialStats> {
+        Arc::clone(&self.console.stats)
+    }
+
     /// Waits until the output is written, at most `limit`. Returns whether it is.
     pub(crate) fn drain(&self, limit: Duration) -> bool {
         self.console.drain(limit)
@@ -94,7 +100,7 @@ impl Worker {
                 self.read_input();
             }
             blocked = self.write_output();
-            let dropped = self.console.dropped.get();
+            let dropped = self.console.stats.dropped.get();
             if dropped != dropped_before && dropped_before == 0 {
                 log::warn!("serial port: its output is not read: {dropped} bytes dropped so far");
             }
@@ -240,7 +246,7 @@ mod tests {
             port.write(DATA, b"x");
         }
         assert!(!thread.drain(Duration::ZERO));
-        assert!(thread.console.dropped.get() > 0);
+        assert!(thread.console.stats.dropped.get() > 0);
         drop(reader);
     }
 
@@ -255,7 +261,7 @@ mod tests {
         }
         assert!(thread.drain(Duration::from_secs(10)));
         assert_eq!(std::fs::read(path).unwrap(), [b'x'; 120]);
-        assert_eq!(thread.console.limited.get(), 880);
+        assert_eq!(thread.console.stats.limited.get(), 880);
     }
 
     #[test]

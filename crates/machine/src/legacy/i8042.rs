@@ -2,13 +2,14 @@
 //! Ctrl+Alt+Del, and to reset the machine by command 0xFE.
 
 use std::collections::VecDeque;
-use std::sync::Mutex;
+use std::sync::{Arc, Mutex};
 
 use serde::{Deserialize, Serialize};
 use sync::{EventFd, locked};
 
 use crate::bus::BusDevice;
 use crate::events::{EventSink, MachineEvent};
+use crate::stats::KeyboardStats;
 
 /// Offsets from port 0x60.
 const DATA: u64 = 0;
@@ -54,6 +55,7 @@ pub(crate) struct I8042 {
     state: Mutex<KeyboardState>,
     interrupt: EventFd,
     events: EventSink,
+    stats: Arc<KeyboardStats>,
 }
 
 /// The registers of the controller.
@@ -75,7 +77,12 @@ impl I8042 {
             waiting: None,
             buffer: VecDeque::with_capacity(BUFFER),
         };
-        I8042 { state: Mutex::new(state), interrupt, events }
+        I8042 { state: Mutex::new(state), interrupt, events, stats: Arc::default() }
+    }
+
+    /// The counters of the controller.
+    pub(crate) fn stats(&self) -> Arc<KeyboardStats> {
+        Arc::clone(&self.stats)
     }
 
     /// The registers.
@@ -95,6 +102,7 @@ impl I8042 {
     pub(crate) fn press_ctrl_alt_del(&self) -> Result<(), KeyboardFull> {
         let mut state = locked(&self.state);
         if state.buffer.len() + CTRL_ALT_DEL.len() > BUFFER {
+            self.stats.refused_keys.add(1);
             return Err(KeyboardFull(state.buffer.len()));
         }
         self.send_to_guest(&mut state, &CTRL_ALT_DEL);
@@ -118,7 +126,10 @@ impl I8042 {
     fn command(&self, state: &mut KeyboardState, command: u8) {
         state.waiting = None;
         match command {
-            COMMAND_RESET => self.events.post(MachineEvent::Reset),
+            COMMAND_RESET => {
+                self.stats.resets.add(1);
+                self.events.post(MachineEvent::Reset);
+            }
             COMMAND_READ_CONTROL => self.send_to_guest(state, &[state.control]),
             COMMAND_READ_OUTPUT_PORT => self.send_to_guest(state, &[state.output_port]),
             COMMAND_SELF_TEST => self.send_to_guest(state, &[SELF_TEST_PASSED]),
@@ -147,6 +158,12 @@ impl BusDevice for I8042 {
     fn read(&self, offset: u64, data: &mut [u8]) {
         let mut state = locked(&self.state);
         // Registers have one byte: a string instruction is several accesses to the same register.
+        let count = if matches!(offset, DATA | STATUS_OR_COMMAND) {
+            &self.stats.reads
+        } else {
+            &self.stats.missed_reads
+        };
+        count.add(data.len() as u64);
         for byte in data {
             *byte = match offset {
                 DATA => {
@@ -165,6 +182,12 @@ impl BusDevice for I8042 {
 
     fn write(&self, offset: u64, data: &[u8]) {
         let mut state = locked(&self.state);
+        let count = if matches!(offset, DATA | STATUS_OR_COMMAND) {
+            &self.stats.writes
+        } else {
+            &self.stats.missed_writes
+        };
+        count.add(data.len() as u64);
         for &value in data {
             match offset {
                 DATA => self.data(&mut state, value),

@@ -9,6 +9,7 @@
 //! | `cmos` | CMOS clock |
 //! | `power` | ACPI sleep and reset registers |
 //! | `boot_timer` | Firecracker's boot timer |
+//! | `pvpanic` | reports a panic of the guest's kernel |
 
 mod boot_timer;
 mod cmos;
@@ -17,6 +18,7 @@ mod console_thread;
 mod i8042;
 mod output;
 mod power;
+mod pvpanic;
 mod serial;
 
 pub use boot_timer::StartTimes;
@@ -31,4 +33,5 @@ pub(crate) use cmos::Cmos;
 pub(crate) use console_thread::ConsoleThread;
 pub(crate) use i8042::I8042;
 pub(crate) use power::Power;
+pub(crate) use pvpanic::PvPanic;
 pub(crate) use serial::SerialPort;

@@ -40,7 +40,7 @@ impl Output {
 
     /// A destination that other processes may share. The mode of the shared open file description
     /// is not changed.
-    fn from_shared(fd: BorrowedFd<'_>) -> io::Result<Self> {
+    pub fn from_shared(fd: BorrowedFd<'_>) -> io::Result<Self> {
         let kind = FileType::from_raw_mode(rustix::fs::fstat(fd)?.st_mode);
         match kind {
             FileType::Socket => Ok(Output { fd: fd.try_clone_to_owned()?, kind: Kind::Socket }),

@@ -132,8 +132,14 @@ impl Trigger for Interrupt {
 }
 
 impl SerialEvents for Console {
-    fn buffer_read(&self) {}
-    fn out_byte(&self) {}
+    fn buffer_read(&self) {
+        self.count_read();
+    }
+
+    fn out_byte(&self) {
+        self.count_written();
+    }
+
     fn tx_lost_byte(&self) {}
 
     fn in_buffer_empty(&self) {

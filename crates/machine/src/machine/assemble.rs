@@ -34,13 +34,15 @@ use crate::boot::Loaded;
 use crate::bus::{Bus, BusDevice, Buses};
 use crate::chipset::ClockAfter;
 use crate::cpu::registers::{set_fpu, set_lapic};
-use crate::cpu::{Cpuid, StateFormat, VcpuState, missing_features, restore_counters, set_boot_msrs};
+use crate::cpu::{Cpuid, GuestCpu, StateFormat, VcpuState, missing_features, restore_counters};
+use crate::debug::{DebugSocket, Debugger};
 use crate::devices::{DeviceAddresses, DeviceSetup, Devices};
 use crate::events::EventSink;
-use crate::kvm::{Ioctl, Kvm, Vm};
+use crate::kvm::{Kvm, Vm};
 use crate::layout;
 use crate::legacy::{
-    BootTimer, Cmos, ConsoleThread, I8042, Power, SerialPort, SerialPortState, SerialSetup, StartTimes,
+    BootTimer, Cmos, ConsoleThread, I8042, Power, PvPanic, SerialPort, SerialPortState, SerialSetup,
+    StartTimes,
 };
 use crate::state::MachineState;
 use crate::vcpu::VcpuHandle;
@@ -59,13 +61,15 @@ pub(super) struct VmParts {
     pub(super) addresses: DeviceAddresses,
     pub(super) serial: SerialSetup,
     pub(super) boot_timer: Option<StartTimes>,
+    /// The socket of a debugger, for which the vCPUs wait.
+    pub(super) debug_socket: Option<DebugSocket>,
     pub(super) events: EventSink,
 }
 
 /// Where the state of vCPUs and devices comes from.
 pub(super) enum VmSource<'a> {
-    /// A kernel in guest memory, at its entry.
-    Boot { cpuid: &'a Cpuid, loaded: &'a Loaded },
+    /// A kernel in guest memory, at its entry, on a `cpu`.
+    Boot { cpu: &'a GuestCpu<'a>, loaded: &'a Loaded },
     /// A saved machine, on a host that supports `cpuid`.
     State { cpuid: &'a Cpuid, state: &'a MachineState, clock: ClockAfter, wait: RestoreWait<'a> },
 }
@@ -96,7 +100,12 @@ pub(super) fn assemble(
         .create_irqchip()?
         .create_vcpus(config.vcpu_count)?;
 
-    let format = Arc::new(StateFormat::of(&kvm, &vm)?);
+    let more_msrs = match source {
+        VmSource::Boot { cpu, .. } => cpu.template_msrs(),
+        // Among them are those that a template changed before the save.
+        VmSource::State { state, .. } => state.vcpus.first().map_or_else(Vec::new, VcpuState::msr_indices),
+    };
+    let format = Arc::new(StateFormat::of(&kvm, &vm, &more_msrs)?);
     if let VmSource::State { cpuid, state, .. } = source {
         check_cpu_features(cpuid, state, &vcpu_fds)?;
         state.chipset.restore_irqchips(&vm.shared_fd())?;
@@ -108,11 +117,9 @@ pub(super) fn assemble(
         restore_counters(&vcpu_fds, &counters, state.chipset.time_passed(after, SystemTime::now()))?;
         state.chipset.restore_clock(&vm.shared_fd(), after)?;
     }
-    if let VmSource::Boot { cpuid, loaded } = source {
-        for (id, fd) in (0..).zip(&vcpu_fds) {
-            // CPUID first: it decides which registers a vCPU has.
-            fd.set_cpuid2(&cpuid.for_vcpu(id)?).ioctl("KVM_SET_CPUID2")?;
-            set_boot_msrs(fd)?;
+    if let VmSource::Boot { cpu, loaded } = source {
+        cpu.set_up(&vcpu_fds)?;
+        for fd in &vcpu_fds {
             loaded.set_up_vcpu(fd)?;
             set_fpu(fd)?;
             set_lapic(fd)?;
@@ -137,10 +144,13 @@ pub(super) fn assemble(
     }
     let cmos = Arc::new(Cmos::restore(saved.map(|state| state.cmos).unwrap_or_default()));
     let power = Arc::new(Power::new(clone_sink(&parts.events)?));
+    let notices = parts.events.notices();
+    let pvpanic = Arc::new(PvPanic::new(notices.clone()));
     let boot_timer = parts.boot_timer.map(|start| Arc::new(BootTimer::new(start)));
-    let mut buses = fill_buses(serial.clone(), keyboard.clone(), cmos.clone(), power, boot_timer);
+    let mut buses = fill_buses(serial.clone(), keyboard.clone(), cmos.clone(), power, pvpanic, boot_timer);
+    let saved_devices = saved.map(|state| &state.devices);
     let devices =
-        Devices::attach(parts.devices, parts.addresses, saved.map(|state| &state.devices), &vm, &mut buses)?;
+        Devices::attach(parts.devices, parts.addresses, saved_devices, &vm, &mut buses, Arc::new(notices))?;
     let vm_gen_id = VmGenId::new(vm.ram().clone(), irq_line(&vm, layout::GENERIC_EVENT_IRQ)?);
     let written = if saved.is_some() { vm_gen_id.change() } else { vm_gen_id.init() };
     written.map_err(|source| StartError::Host { what: "a VM generation id", source })?;
@@ -150,7 +160,12 @@ pub(super) fn assemble(
     if let Some(state) = saved {
         state.chipset.restore_pit(&vm.shared_fd())?;
     }
-    Ok(Machine { page_watch: None, vcpus, devices, console, serial, keyboard, cmos, vm, kvm })
+    let debugger = match parts.debug_socket {
+        Some(socket) => Some(Debugger::start(socket, &kvm, &vcpus, vm.ram().clone(), parts.events)?),
+        None => None,
+    };
+    let page_watch = None;
+    Ok(Machine { debugger, page_watch, vcpus, devices, console, serial, keyboard, cmos, more_msrs, vm, kvm })
 }
 
 /// Restores the state of the vCPUs, each on its own thread, and waits for all.
@@ -251,6 +266,7 @@ fn fill_buses(
     keyboard: Arc<I8042>,
     cmos: Arc<Cmos>,
     power: Arc<Power>,
+    pvpanic: Arc<PvPanic>,
     boot_timer: Option<Arc<BootTimer>>,
 ) -> Buses {
     let mut buses = Buses { ports: Bus::default(), mmio: Bus::default() };
@@ -259,6 +275,7 @@ fn fill_buses(
         (port(layout::COM1)..port(layout::COM1) + 8, serial as Arc<dyn BusDevice>),
         (port(layout::I8042)..port(layout::I8042) + 5, keyboard),
         (port(layout::CMOS)..port(layout::CMOS) + 2, cmos),
+        (port(layout::PVPANIC)..port(layout::PVPANIC) + 1, pvpanic),
         (port(layout::ACPI_SLEEP_CONTROL)..port(layout::ACPI_RESET) + 1, power),
     ];
     for (range, device) in ports {

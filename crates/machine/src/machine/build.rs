@@ -1,13 +1,14 @@
 //! From a [`Setup`] or a [`Restore`] to a paused machine: checks first, then [`assemble`].
 
-use config::MachineConfig;
+use config::{CpuConfig, MachineConfig};
 use memory::GuestRam;
 
 use super::assemble::{RestoreWait, VmParts, VmSource, assemble};
 use super::error::StartError;
 use super::instance::Machine;
 use super::setup::{Restore, Setup};
-use crate::cpu::{Cpuid, Topology};
+use crate::cpu::{Cpuid, GuestCpu, Topology};
+use crate::debug::DebugSocket;
 use crate::kvm::{Kvm, KvmError};
 use crate::page_watch::PageWatch;
 use crate::{acpi, boot, layout, vcpu_signal};
@@ -15,12 +16,13 @@ use crate::{acpi, boot, layout, vcpu_signal};
 /// Builds a new machine: its kernel is loaded, and its first vCPU is at the kernel's entry.
 pub(super) fn build(setup: Setup<'_>) -> Result<Machine, StartError> {
     let config = setup.config;
-    let kvm = open_kvm(config)?;
-    let cpuid = Cpuid::new(&kvm, Topology::new(config.vcpu_count, config.smt))?;
+    let kvm = open_kvm(config, setup.cpu_config)?;
+    let cpu = GuestCpu::new(&kvm, config, setup.cpu_config)?;
     let ram = GuestRam::map(config.mem_size_mib, config.huge_pages, config.track_dirty_pages)?;
-    check_address_width(&ram, setup.devices.pci, cpuid.physical_address_bits())?;
+    check_address_width(&ram, setup.devices.pci, cpu.cpuid().physical_address_bits())?;
 
     // The user's files before the VM is created: they fail most often.
+    let debug_socket = config.gdb_socket_path.as_deref().map(DebugSocket::bind).transpose()?;
     let addresses = setup.devices.addresses()?;
     let rsdp = acpi::write_tables(&ram, config.vcpu_count, &addresses);
     let device_args = setup.devices.boot_args(&addresses);
@@ -33,9 +35,10 @@ pub(super) fn build(setup: Setup<'_>) -> Result<Machine, StartError> {
         addresses,
         serial: setup.serial,
         boot_timer: setup.boot_timer,
+        debug_socket,
         events: setup.events,
     };
-    assemble(kvm, config, parts, &VmSource::Boot { cpuid: &cpuid, loaded: &loaded })
+    assemble(kvm, config, parts, &VmSource::Boot { cpu: &cpu, loaded: &loaded })
 }
 
 /// Restores a saved machine.
@@ -44,7 +47,7 @@ pub(super) fn restore(restore: Restore<'_>) -> Result<Machine, StartError> {
     if state.vcpus.len() != usize::from(config.vcpu_count) {
         return Err(StartError::VcpuCount { saved: state.vcpus.len(), configured: config.vcpu_count });
     }
-    let kvm = open_kvm(config)?;
+    let kvm = open_kvm(config, restore.cpu_config)?;
     let cpuid = Cpuid::new(&kvm, Topology::new(config.vcpu_count, config.smt))?;
     check_address_width(&restore.ram, restore.devices.pci, cpuid.physical_address_bits())?;
     let parts = VmParts {
@@ -53,6 +56,7 @@ pub(super) fn restore(restore: Restore<'_>) -> Result<Machine, StartError> {
         devices: restore.devices,
         serial: restore.serial,
         boot_timer: None,
+        debug_socket: None,
         events: restore.events,
     };
     let events = parts.events.try_clone();
@@ -67,11 +71,12 @@ pub(super) fn restore(restore: Restore<'_>) -> Result<Machine, StartError> {
     Ok(machine)
 }
 
-/// Opens KVM, checked to allow the configured number of vCPUs.
-fn open_kvm(config: &MachineConfig) -> Result<Kvm, StartError> {
+/// Opens KVM, checked to have what the CPU template requires, and to allow the configured number of
+/// vCPUs.
+fn open_kvm(config: &MachineConfig, cpu_config: Option<&CpuConfig>) -> Result<Kvm, StartError> {
     vcpu_signal::install_handler()
         .map_err(|e| StartError::Host { what: "the vCPU signal handler", source: e.into() })?;
-    let kvm = Kvm::open()?;
+    let kvm = Kvm::open_with(cpu_config.map_or(&[], |template| &template.kvm_capabilities))?;
     if usize::from(config.vcpu_count) > kvm.max_vcpus() {
         return Err(KvmError::TooManyVcpus { wanted: config.vcpu_count, max: kvm.max_vcpus() }.into());
     }

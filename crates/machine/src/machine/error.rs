@@ -4,6 +4,8 @@ use memory::MapError;
 use memory::page_server::FetchError;
 
 use crate::boot::BootError;
+use crate::cpu::TemplateError;
+use crate::debug::DebuggerError;
 use crate::devices::DeviceError;
 use crate::kvm::KvmError;
 use crate::vcpu::VcpuThreadDied;
@@ -25,12 +27,18 @@ pub enum StartError {
     /// A KVM call failed, or this host's KVM lacks something.
     #[error(transparent)]
     Kvm(#[from] KvmError),
+    /// The CPU template asks for what this host lacks.
+    #[error(transparent)]
+    Template(#[from] TemplateError),
     /// Guest memory cannot be mapped.
     #[error(transparent)]
     Memory(#[from] MapError),
     /// The kernel, the initrd or the command line cannot be loaded.
     #[error(transparent)]
     Boot(#[from] BootError),
+    /// The debugger's socket or thread cannot be created.
+    #[error(transparent)]
+    Debugger(#[from] DebuggerError),
     /// The devices cannot be built.
     #[error(transparent)]
     Device(#[from] DeviceError),

@@ -5,10 +5,12 @@ use std::time::Duration;
 
 use memory::{GuestRam, PageSet, TakeDirtyError};
 
+use crate::debug::{DebugEnd, Debugger, DebuggerAttached, KeptOut};
 use crate::devices::Devices;
 use crate::kvm::{Ioctl, Kvm, KvmError, Vm};
 use crate::legacy::{Cmos, ConsoleThread, I8042, KeyboardFull, SerialPort};
 use crate::page_watch::PageWatch;
+use crate::stats::MachineStats;
 use crate::vcpu::VcpuHandle;
 
 /// A machine, running or paused.
@@ -16,8 +18,10 @@ use crate::vcpu::VcpuHandle;
 /// Its fields are dropped in order. Before that, all vCPU threads are asked to stop.
 #[derive(Debug)]
 pub struct Machine {
-    /// First: its drop lets go of vCPU threads that wait for a page, which the drop of `vcpus`
-    /// joins.
+    /// Before the vCPUs: its thread talks to theirs.
+    pub(super) debugger: Option<Debugger>,
+    /// Before the vCPUs: its drop lets go of vCPU threads that wait for a page, which the drop of
+    /// `vcpus` joins.
     pub(super) page_watch: Option<PageWatch>,
     pub(super) vcpus: Vec<VcpuHandle>,
     pub(super) devices: Devices,
@@ -25,6 +29,8 @@ pub struct Machine {
     pub(super) serial: Arc<SerialPort>,
     pub(super) keyboard: Arc<I8042>,
     pub(super) cmos: Arc<Cmos>,
+    /// MSRs that are saved even if KVM does not list them: a CPU template changes them.
+    pub(super) more_msrs: Vec<u32>,
     pub(super) vm: Vm,
     pub(super) kvm: Kvm,
 }
@@ -40,6 +46,16 @@ impl Machine {
     /// The devices, to be changed while they work.
     pub fn devices(&self) -> &Devices {
         &self.devices
+    }
+
+    /// A handle to the counters of all parts.
+    pub fn stats(&self) -> MachineStats {
+        MachineStats {
+            vcpus: self.vcpus.iter().map(VcpuHandle::stats).collect(),
+            serial: self.console.stats(),
+            keyboard: self.keyboard.stats(),
+            devices: self.devices.stats(),
+        }
     }
 
     /// The guest's memory.
@@ -64,6 +80,19 @@ impl Machine {
             TakeDirtyError::Log(error) => error,
             TakeDirtyError::Length(_) => KvmError::StateTooLarge("dirty pages"),
         })
+    }
+
+    /// Keeps debuggers out as long as the value lives, for a snapshot or a fork: the memory of a
+    /// guest under a debugger has breakpoints. `None` if the machine has no debugger's socket.
+    pub fn keep_debugger_out(&self) -> Result<Option<KeptOut>, DebuggerAttached> {
+        self.debugger.as_ref().map(Debugger::keep_out).transpose()
+    }
+
+    /// Reports the end of the guest to its debugger, if it has one, which is not served any more.
+    pub fn end_debugging(&self, end: DebugEnd) {
+        if let Some(debugger) = &self.debugger {
+            debugger.end(end);
+        }
     }
 
     /// Presses Ctrl+Alt+Del on the guest's keyboard. A paused guest sees it when it runs again.

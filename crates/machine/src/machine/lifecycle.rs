@@ -57,7 +57,7 @@ impl Paused {
     /// Saves all state but guest memory. The machine stays paused; it can be resumed or saved
     /// again.
     pub fn save(&self) -> Result<MachineState, SaveError> {
-        let format = Arc::new(StateFormat::of(&self.kvm, &self.vm)?);
+        let format = Arc::new(StateFormat::of(&self.kvm, &self.vm, &self.more_msrs)?);
         // Timers and interrupt controllers keep running. An interrupt that the chipset passes to a
         // vCPU during the save is in the state of both.
         let chipset = ChipsetState::save(&self.vm.shared_fd())?;

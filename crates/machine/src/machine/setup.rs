@@ -2,7 +2,7 @@
 
 use std::os::fd::BorrowedFd;
 
-use config::MachineConfig;
+use config::{CpuConfig, MachineConfig};
 use memory::GuestRam;
 use memory::page_server::PageServer;
 
@@ -18,6 +18,8 @@ use crate::state::MachineState;
 pub struct Setup<'a> {
     /// vCPUs and memory, checked.
     pub config: &'a MachineConfig,
+    /// The custom CPU template, checked. It takes the place of a static one in `config`.
+    pub cpu_config: Option<&'a CpuConfig>,
     /// Kernel, initrd and command line.
     pub boot: BootFiles,
     /// The host's side of the serial port.
@@ -35,6 +37,9 @@ pub struct Setup<'a> {
 pub struct Restore<'a> {
     /// vCPUs and memory, as they were.
     pub config: &'a MachineConfig,
+    /// The custom CPU template with which the machine was built: it says what this host's KVM must
+    /// have. Its effect on vCPUs is in `state`.
+    pub cpu_config: Option<&'a CpuConfig>,
     /// The saved state.
     pub state: &'a MachineState,
     /// The guest's memory, with its contents.

@@ -7,9 +7,9 @@
 //! # Bounds
 //!
 //! A request head is at most [`MAX_HEAD`](limits::MAX_HEAD) bytes and
-//! [`MAX_HEADERS`](limits::MAX_HEADERS) headers. Bodies are skipped and never stored: no request to
-//! this service needs one. A request that is malformed or whose end is uncertain gets an error, and
-//! the connection closes.
+//! [`MAX_HEADERS`](limits::MAX_HEADERS) headers. No request to this service needs a body: one that
+//! has one is invalid, and the bodies of methods that are not supported are skipped. A request that
+//! is malformed, or whose end is uncertain, gets an error, and the connection closes.
 
 mod limits;
 mod request;

@@ -10,10 +10,12 @@ use crate::store::Format;
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Method {
     Get,
-    /// Not allowed. Kept apart from [`Method::Other`] because its response has no body.
-    Head,
     Put,
-    /// Any other; not allowed.
+    /// A method of HTTP that Firecracker reads and does not allow.
+    NotAllowed,
+    /// Not supported. Kept apart from [`Method::Other`] because its response has no body.
+    Head,
+    /// Any other; not supported.
     Other,
 }
 
@@ -64,16 +66,23 @@ impl Request {
     pub(super) fn from_head(head: &RequestHead<'_>) -> Result<Request, Response> {
         let path = path_of(head.path)?.to_owned();
         let framing = head.framing().map_err(|error| refusal(&error))?;
+        let method = match head.method {
+            "GET" => Method::Get,
+            "PUT" => Method::Put,
+            "PATCH" | "DELETE" => Method::NotAllowed,
+            "HEAD" => Method::Head,
+            _ => Method::Other,
+        };
+        let is_supported = matches!(method, Method::Get | Method::Put | Method::NotAllowed);
+        if framing.body_len > 0 && is_supported {
+            // As Firecracker, which does not read bodies: none is as long as its head says.
+            return Err(response::text(400, "Invalid request."));
+        }
         if framing.body_len > MAX_BODY {
             return Err(response::text(413, "No request to this service has a body."));
         }
         let mut request = Request {
-            method: match head.method {
-                "GET" => Method::Get,
-                "HEAD" => Method::Head,
-                "PUT" => Method::Put,
-                _ => Method::Other,
-            },
+            method,
             path,
             format: Format::Text,
             token: None,
@@ -182,6 +191,8 @@ mod tests {
             ("GET /a/b HTTP/1.1", Method::Get, "/a/b"),
             ("PUT /latest/api/token HTTP/1.1", Method::Put, "/latest/api/token"),
             ("POST / HTTP/1.0", Method::Other, "/"),
+            ("PATCH / HTTP/1.1", Method::NotAllowed, "/"),
+            ("DELETE / HTTP/1.1", Method::NotAllowed, "/"),
             ("HEAD / HTTP/1.1", Method::Head, "/"),
             ("GET http://169.254.169.254/a?b=/c HTTP/1.1", Method::Get, "/a"),
             ("GET http://169.254.169.254 HTTP/1.1", Method::Get, "/"),
@@ -228,7 +239,7 @@ mod tests {
             ("GET / HTTP/1.1\r\nConnection: close\r\nConnection: keep-alive\r\n\r\n", false),
             ("GET / HTTP/1.0\r\n\r\n", false),
             ("GET / HTTP/1.0\r\nConnection: keep-alive\r\n\r\n", true),
-            ("PUT / HTTP/1.1\r\nExpect: 100-continue\r\nContent-Length: 5\r\n\r\n", false),
+            ("POST / HTTP/1.1\r\nExpect: 100-continue\r\nContent-Length: 5\r\n\r\n", false),
         ] {
             assert_eq!(request(text).keep_alive, keep_alive, "{text}");
         }
@@ -244,7 +255,9 @@ mod tests {
             ("PUT / HTTP/1.1\r\nContent-Length: +1\r\n\r\n", 400),
             ("PUT / HTTP/1.1\r\nContent-Length: 1\r\nContent-Length: 2\r\n\r\n", 400),
             ("PUT / HTTP/1.1\r\nTransfer-Encoding: chunked\r\n\r\n", 400),
-            ("PUT / HTTP/1.1\r\nContent-Length: 65537\r\n\r\n", 413),
+            ("GET / HTTP/1.1\r\nContent-Length: 1\r\n\r\n", 400),
+            ("PUT /latest/api/token HTTP/1.1\r\nContent-Length: 1\r\n\r\n", 400),
+            ("POST / HTTP/1.1\r\nContent-Length: 65537\r\n\r\n", 413),
         ] {
             assert_eq!(refused(text), status, "{text}");
         }

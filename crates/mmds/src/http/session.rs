@@ -139,10 +139,20 @@ mod tests {
     #[test]
     fn pipelined_requests_are_answered_in_order_without_bodies() {
         let (out, _) = exchange([
-            &b"GET /a HTTP/1.1\r\n\r\nPUT /b HTTP/1.1\r\nContent-Length: 20\r\n\r\nGET /x HTTP/1.1\r\n\r\n !GET /c HTTP/1.1\r\n\r\n"[..],
+            &b"GET /a HTTP/1.1\r\n\r\nPOST /b HTTP/1.1\r\nContent-Length: 20\r\n\r\nGET /x HTTP/1.1\r\n\r\n !GET /c HTTP/1.1\r\n\r\n"[..],
         ]);
         let bodies: Vec<_> = out.split("\r\n\r\n").skip(1).map(|rest| &rest[..2]).collect();
         assert_eq!(bodies, ["/a", "/b", "/c"]);
+    }
+
+    #[test]
+    fn request_with_a_body_is_invalid_before_the_body_arrives() {
+        for body in ["", "abc", "abcdefghij"] {
+            let text = format!("GET /a HTTP/1.1\r\nContent-Length: 10\r\n\r\n{body}");
+            let (out, _) = exchange([text.as_bytes()]);
+            assert!(out.starts_with("HTTP/1.1 400 ") && out.ends_with("\r\n\r\nInvalid request."), "{out}");
+            assert!(out.contains("Connection: close"), "{out}");
+        }
     }
 
     #[test]

@@ -35,6 +35,7 @@ pub fn pci_bus(data: &[u8]) {
             device: Box::new(device),
             memory: reused_ram(RAM_MIB),
             workers: worker.workers(),
+            failures: Arc::new(()),
         };
         let function =
             root.new_function(attachment, bar(place), Box::new(NoVectors)).expect("a device can be attached");

@@ -180,8 +180,13 @@ impl Guest {
     /// As [`Guest::new`], with this memory and worker.
     pub fn with(kind: Kind, device: Box<dyn Device>, ram: GuestRam, worker: TestWorker) -> Self {
         let (interrupts, io_events) = (Arc::new(Interrupts::default()), Arc::new(FakeIoEventFds::default()));
-        let attachment =
-            Attachment { name: "test".into(), device, memory: ram.clone(), workers: worker.workers() };
+        let attachment = Attachment {
+            name: "test".into(),
+            device,
+            memory: ram.clone(),
+            workers: worker.workers(),
+            failures: Arc::new(()),
+        };
         let events = Arc::clone(&io_events) as Arc<dyn IoEventFds>;
         let transport = match kind {
             Kind::Mmio => {

@@ -25,10 +25,22 @@ impl Status {
     pub const FAILED: u8 = 128;
 }
 
+/// Learns of devices that fail. Transports call it from any thread; it must not wait.
+pub trait FailureObserver: Send + Sync {
+    /// The device `name` needs a reset, because of `why`. Called for the first, second, fourth,
+    /// eighth, … time that it does, with `times`: a guest can cause this at will.
+    fn device_needs_reset(&self, name: &str, why: &dyn fmt::Display, times: u64);
+}
+
+/// Ignores failures.
+impl FailureObserver for () {
+    fn device_needs_reset(&self, _name: &str, _why: &dyn fmt::Display, _times: u64) {}
+}
+
 /// The status register, shared without a lock.
-#[derive(Debug)]
 pub(super) struct DeviceStatus {
     name: String,
+    failures: Arc<dyn FailureObserver>,
     status: AtomicU8,
     /// A failure of the host was logged.
     complained: AtomicBool,
@@ -37,9 +49,10 @@ pub(super) struct DeviceStatus {
 }
 
 impl DeviceStatus {
-    pub(super) fn new(name: String) -> Arc<Self> {
+    pub(super) fn new(name: String, failures: Arc<dyn FailureObserver>) -> Arc<Self> {
         Arc::new(DeviceStatus {
             name,
+            failures,
             status: AtomicU8::new(0),
             complained: AtomicBool::new(false),
             broken: Counter::default(),
@@ -83,8 +96,37 @@ impl DeviceStatus {
         // A guest can cause this at will, and must not fill the log.
         if let Some(times) = self.broken.rarely() {
             log::warn!("{}: {why}; the device needs a reset (time {times})", self.name);
+            self.failures.device_needs_reset(&self.name, why, times);
         }
         let before = self.status.fetch_or(Status::DEVICE_NEEDS_RESET, Ordering::SeqCst);
         before & Status::DRIVER_OK != 0
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Mutex;
+
+    use super::*;
+
+    #[derive(Default)]
+    struct Observer(Mutex<Vec<(String, u64)>>);
+
+    impl FailureObserver for Observer {
+        fn device_needs_reset(&self, name: &str, why: &dyn fmt::Display, times: u64) {
+            self.0.lock().unwrap().push((format!("{name}: {why}"), times));
+        }
+    }
+
+    #[test]
+    fn observer_learns_of_failures_ever_more_rarely() {
+        let observer = Arc::<Observer>::default();
+        let status = DeviceStatus::new("drive a".into(), Arc::clone(&observer) as Arc<dyn FailureObserver>);
+        assert!(!status.needs_reset(&"broken"), "no driver is there to be notified");
+        status.set_status(Status::DRIVER_OK);
+        assert!((0..9).all(|_| status.needs_reset(&"broken")));
+        let seen = observer.0.lock().unwrap().clone();
+        assert_eq!(seen, [1, 2, 4, 8].map(|times| ("drive a: broken".to_owned(), times)));
+        assert_eq!(status.broken_count(), 10);
     }
 }

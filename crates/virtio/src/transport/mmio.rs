@@ -22,7 +22,7 @@ use serde::{Deserialize, Serialize};
 use super::core::{AddrHalf, Area, CommonState, TransportCore};
 use super::device_status::DeviceStatus;
 use super::{Attachment, IoEventFds, NotifyMatch, Resetting, RestoreError};
-use crate::device::Interrupt;
+use crate::device::{Interrupt, TransportStats};
 
 /// The size of a device's register window in bytes.
 pub const WINDOW_SIZE: u64 = 0x1000;
@@ -69,11 +69,13 @@ struct MmioInterrupt {
     device_status: Arc<DeviceStatus>,
     status: AtomicU32,
     line: Box<dyn IrqLine>,
+    stats: Arc<TransportStats>,
 }
 
 impl MmioInterrupt {
     fn raise(&self, bit: u32) {
         self.status.fetch_or(bit, Ordering::SeqCst);
+        self.stats.interrupts.add(1);
         self.line.trigger();
     }
 }
@@ -88,6 +90,7 @@ impl Interrupt for MmioInterrupt {
     }
 
     fn needs_reset(&self, why: &dyn fmt::Display) {
+        self.stats.device_errors.add(1);
         if self.device_status.needs_reset(why) {
             self.config();
         }
@@ -112,11 +115,12 @@ impl MmioTransport {
         line: Box<dyn IrqLine>,
         io_events: Arc<dyn IoEventFds>,
     ) -> io::Result<Self> {
-        let device_status = DeviceStatus::new(attachment.name.clone());
+        let device_status = DeviceStatus::new(attachment.name.clone(), Arc::clone(&attachment.failures));
         let interrupt = Arc::new(MmioInterrupt {
             device_status: Arc::clone(&device_status),
             status: AtomicU32::new(0),
             line,
+            stats: Arc::default(),
         });
         let common =
             TransportCore::new(attachment, device_status, Arc::clone(&interrupt) as Arc<dyn Interrupt>)?;
@@ -136,6 +140,11 @@ impl MmioTransport {
     /// How often the device needed a reset.
     pub fn broken_count(&self) -> u64 {
         self.common.broken_count()
+    }
+
+    /// The counters of the transport.
+    pub fn stats(&self) -> Arc<TransportStats> {
+        Arc::clone(&self.interrupt.stats)
     }
 
     /// The guest-physical address of the registers.

@@ -427,6 +427,7 @@ fn busy_on_mmio(events: Arc<dyn IoEventFds>) -> (MmioTransport, Arc<EchoControl>
         device: Box::new(device),
         memory: ram.clone(),
         workers: workers.clone(),
+        failures: Arc::new(()),
     };
     let mut mmio = MmioTransport::new(attachment, 0xc000_1000, Box::new(NoLine), events).unwrap();
     let mut driver = DriverQueue::new(&ram, BASE, 64, 0);

@@ -3,7 +3,7 @@
 /// Nanoseconds of the monotonic clock.
 pub type Nanos = u64;
 
-/// The clock of a worker. It is read at most once per wake-up.
+/// The clock of a worker. Tasks share one reading per wake-up, and may read it again.
 #[derive(Debug)]
 pub(crate) struct Clock {
     source: fn() -> Nanos,
@@ -27,6 +27,11 @@ impl Clock {
     /// The time of this wake-up.
     pub(super) fn now(&mut self) -> Nanos {
         *self.now.get_or_insert_with(self.source)
+    }
+
+    /// The time now.
+    pub(super) fn read(&self) -> Nanos {
+        (self.source)()
     }
 
     /// Begins a wake-up.

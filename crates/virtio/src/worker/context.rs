@@ -214,6 +214,11 @@ impl Context<'_> {
         self.clock.now()
     }
 
+    /// Reads the monotonic clock now, for durations within a wake-up.
+    pub fn read_clock(&self) -> Nanos {
+        self.clock.read()
+    }
+
     fn add(&mut self, token: Token, watched: Watched, flags: EventFlags, kick: bool) -> io::Result<()> {
         if token > MAX_TOKEN {
             return Err(io::ErrorKind::InvalidInput.into());

@@ -6,6 +6,7 @@ use std::path::PathBuf;
 use lexopt::prelude::*;
 
 use super::Tool;
+use super::program::Program;
 use crate::flags::{ArgsError, once};
 
 /// What `vesta-vmm snapshot --help` prints.
@@ -36,31 +37,15 @@ rebase-snap --base-file FILE --diff-file FILE
         merge the memory file of a Diff into its base, in place
 ";
 
-/// A program that this one answers as, if it is started under its name.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum Program {
-    /// `snapshot-editor`.
-    Editor,
-    /// `rebase-snap`.
-    Rebase,
-}
-
-impl Program {
-    /// By the name that the process was started under.
-    pub(crate) fn named(program: Option<&str>) -> Option<Self> {
-        match program?.rsplit('/').next()? {
-            "snapshot-editor" => Some(Program::Editor),
-            "rebase-snap" => Some(Program::Rebase),
-            _ => None,
-        }
+/// Reads the command line of `program`.
+pub(crate) fn parse_as(program: Program, mut parser: lexopt::Parser) -> Result<Tool, ArgsError> {
+    let asks_version = |rest: lexopt::RawArgs<'_>| rest.peek().is_some_and(|w| w == "--version" || w == "-V");
+    if parser.try_raw_args().is_some_and(asks_version) {
+        return Ok(Tool::ProgramVersion(program));
     }
-
-    /// Reads its command line.
-    pub(crate) fn parse(self, parser: lexopt::Parser) -> Result<Tool, ArgsError> {
-        match self {
-            Program::Editor => editor(parser),
-            Program::Rebase => rebase(parser, REBASE_HELP, "base-file", "diff-file"),
-        }
+    match program {
+        Program::Editor => editor(parser),
+        Program::Rebase => rebase(parser, REBASE_HELP, [("base-file", None), ("diff-file", None)]),
     }
 }
 
@@ -124,24 +109,35 @@ fn merge(mut parser: lexopt::Parser) -> Result<Tool, ArgsError> {
     Ok(Tool::Merge { base, diff, output })
 }
 
-/// Parses a merge in place, with these names for the two files.
+/// A flag with a value: its long name, and its short one.
+type Flag = (&'static str, Option<char>);
+
+/// Whether `arg` is this flag.
+fn is(arg: &lexopt::Arg<'_>, (long, short): Flag) -> bool {
+    match arg {
+        Long(name) => *name == long,
+        Short(name) => Some(*name) == short,
+        Value(_) => false,
+    }
+}
+
+/// Parses a merge in place, with these flags for the two files.
 fn rebase(
     mut parser: lexopt::Parser,
     help: &'static str,
-    base_name: &'static str,
-    diff_name: &'static str,
+    [base_flag, diff_flag]: [Flag; 2],
 ) -> Result<Tool, ArgsError> {
     let (mut base, mut diff) = (None, None);
     while let Some(arg) = parser.next()? {
         match arg {
-            Long(name) if name == base_name => once(&mut base, base_name, parser.value()?.into())?,
-            Long(name) if name == diff_name => once(&mut diff, diff_name, parser.value()?.into())?,
+            arg if is(&arg, base_flag) => once(&mut base, base_flag.0, parser.value()?.into())?,
+            arg if is(&arg, diff_flag) => once(&mut diff, diff_flag.0, parser.value()?.into())?,
             Long("help") | Short('h') => return Ok(Tool::Help(help)),
             other => return Err(other.unexpected().into()),
         }
     }
-    let base = base.ok_or(ArgsError::Missing(base_name))?;
-    let diff = diff.ok_or(ArgsError::Missing(diff_name))?;
+    let base = base.ok_or(ArgsError::Missing(base_flag.0))?;
+    let diff = diff.ok_or(ArgsError::Missing(diff_flag.0))?;
     Ok(Tool::Merge { base, diff, output: None })
 }
 
@@ -160,7 +156,9 @@ fn editor(mut parser: lexopt::Parser) -> Result<Tool, ArgsError> {
         Word::Help(tool) => return Ok(tool),
     };
     match (group.to_str(), command.to_str()) {
-        (Some("edit-memory"), Some("rebase")) => rebase(parser, EDITOR_HELP, "memory-path", "diff-path"),
+        (Some("edit-memory"), Some("rebase")) => {
+            rebase(parser, EDITOR_HELP, [("memory-path", Some('m')), ("diff-path", Some('d'))])
+        }
         (Some("info-vmstate"), Some("version")) => vmstate(parser, |state| Tool::Version { state }),
         (Some("info-vmstate"), Some("vcpu-states")) => vmstate(parser, |state| Tool::Vcpus { state }),
         (Some("info-vmstate"), Some("vm-state")) => vmstate(parser, |state| Tool::Machine { state }),
@@ -172,7 +170,7 @@ fn vmstate(mut parser: lexopt::Parser, tool: fn(PathBuf) -> Tool) -> Result<Tool
     let mut state = None;
     while let Some(arg) = parser.next()? {
         match arg {
-            Long("vmstate-path") => once(&mut state, "vmstate-path", parser.value()?.into())?,
+            Long("vmstate-path") | Short('v') => once(&mut state, "vmstate-path", parser.value()?.into())?,
             Long("help") | Short('h') => return Ok(Tool::Help(EDITOR_HELP)),
             other => return Err(other.unexpected().into()),
         }
@@ -208,6 +206,10 @@ mod tests {
             ("snapshot-editor info-vmstate vcpu-states --vmstate-path s", Tool::Vcpus { state: "s".into() }),
             ("snapshot-editor info-vmstate vm-state --vmstate-path s", Tool::Machine { state: "s".into() }),
             ("vesta-vmm snapshot --help", Tool::Help(HELP)),
+            ("snapshot-editor edit-memory rebase -m b -d d", merge(None)),
+            ("snapshot-editor info-vmstate version -v s", Tool::Version { state: "s".into() }),
+            ("snapshot-editor --version", Tool::ProgramVersion(Program::Editor)),
+            ("rebase-snap --version", Tool::ProgramVersion(Program::Rebase)),
             ("rebase-snap -h", Tool::Help(REBASE_HELP)),
             ("snapshot-editor info-vmstate --help", Tool::Help(EDITOR_HELP)),
         ] {

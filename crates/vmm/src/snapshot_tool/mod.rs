@@ -2,6 +2,7 @@
 //! programs `snapshot-editor` and `rebase-snap`.
 //!
 //! - [`args`]: the command lines of all three.
+//! - [`program`]: the names of those programs.
 //! - [`info`]: a state file as text and as JSON.
 //! - [`vcpus`]: the state of vCPUs and of the rest of the machine as text.
 //!
@@ -11,6 +12,7 @@
 pub(crate) mod args;
 mod error;
 mod info;
+pub(crate) mod program;
 mod vcpus;
 
 use std::fmt;
@@ -26,12 +28,15 @@ use crate::exit::ExitCode;
 use crate::personality::Personality;
 use error::ToolError;
 use info::Info;
+use program::Program;
 
 /// A tool and its arguments.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) enum Tool {
     /// Print this text.
     Help(&'static str),
+    /// Print the version of the program whose name this process has.
+    ProgramVersion(Program),
     /// Show a state file, and its memory file where one is given.
     Info { state: PathBuf, memory: Option<PathBuf>, json: bool },
     /// Check both.
@@ -82,6 +87,7 @@ fn end_of(done: Result<(), ToolError>) -> ExitCode {
 fn perform(tool: &Tool) -> Result<(), ToolError> {
     match tool {
         Tool::Help(text) => say(text),
+        Tool::ProgramVersion(program) => say(program.version_text()),
         Tool::Info { state, memory, json } => {
             let info = Info::read(state, memory.as_deref())?;
             if *json { say(format_args!("{:#}\n", info.json())) } else { say(info) }

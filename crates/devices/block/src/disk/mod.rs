@@ -38,8 +38,8 @@ pub(crate) use self::split::DISCARD_PART;
 use crate::engine::DrainingUring;
 use crate::engine::{Blocking, BlockingEngine, Engine, Uring, UringError};
 pub use crate::error::DiskError;
-pub use crate::host_file::health::ContentsUnknown;
 use crate::host_file::health::DiskHealth;
+pub use crate::host_file::health::{ContentsUnknown, ContentsUnknownHook};
 use crate::host_file::lock::LockMode;
 pub use crate::host_file::lock::{FileLocks, LockError};
 pub use crate::host_file::name::make_name_durable;
@@ -198,6 +198,12 @@ impl Disk {
     /// Fails if the contents are unknown because a sync failed.
     pub fn check(&self) -> Result<(), ContentsUnknown> {
         self.layers.health().check()
+    }
+
+    /// Sets the hook that is called once, when a sync fails or now if one has failed. Only the
+    /// first call for a disk, or for one that replaces it and is the same file, has an effect.
+    pub fn on_contents_unknown(&self, hook: ContentsUnknownHook) {
+        self.layers.health().set_hook(hook);
     }
 
     /// The files for one more queue, by number.

@@ -24,9 +24,11 @@
 //! A fork of the process syncs no files of its parent: a child opens its own, on files that its
 //! parent has synced, and the writer of a live snapshot has no disks.
 
+use std::fmt;
 use std::fs::File;
 use std::io;
 use std::path::PathBuf;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock};
 
 use rustix::io::Errno;
@@ -47,11 +49,17 @@ pub struct ContentsUnknown {
     pub errno: Errno,
 }
 
+/// Called when the contents of a disk become unknown, by the thread that finds it out. It must not
+/// wait.
+pub type ContentsUnknownHook = Box<dyn Fn(&ContentsUnknown) + Send + Sync>;
+
 /// The health of one disk: the first failed sync, if any.
-#[derive(Debug)]
 pub(crate) struct DiskHealth {
     path: PathBuf,
     failed: OnceLock<ContentsUnknown>,
+    hook: OnceLock<ContentsUnknownHook>,
+    /// Whether `hook` was called.
+    reported: AtomicBool,
     /// Held by an operation that syncs beside the queues; see [`DiskHealth::begin_operation`].
     operation: Mutex<()>,
 }
@@ -59,7 +67,29 @@ pub(crate) struct DiskHealth {
 impl DiskHealth {
     /// The health of the disk that is written to `path`: its contents are known.
     pub(crate) fn new(path: impl Into<PathBuf>) -> Arc<Self> {
-        Arc::new(DiskHealth { path: path.into(), failed: OnceLock::new(), operation: Mutex::new(()) })
+        Arc::new(DiskHealth {
+            path: path.into(),
+            failed: OnceLock::new(),
+            hook: OnceLock::new(),
+            reported: AtomicBool::new(false),
+            operation: Mutex::new(()),
+        })
+    }
+
+    /// Sets the hook that is called once, when a sync fails or now if one has failed. Only the
+    /// first call has an effect: a disk that replaces another one and shares its writes has its
+    /// health.
+    pub(crate) fn set_hook(&self, hook: ContentsUnknownHook) {
+        let _ = self.hook.set(hook);
+        self.report();
+    }
+
+    fn report(&self) {
+        if let (Some(failed), Some(hook)) = (self.failed.get(), self.hook.get())
+            && !self.reported.swap(true, Ordering::Relaxed)
+        {
+            hook(failed);
+        }
     }
 
     /// Notes that a sync for `what` failed. The first failure is kept and logged.
@@ -67,6 +97,7 @@ impl DiskHealth {
         let new = ContentsUnknown { path: self.path.clone(), what, errno };
         if self.failed.set(new.clone()).is_ok() {
             log::error!("{new}");
+            self.report();
         }
         self.failed.get().cloned().unwrap_or(new)
     }
@@ -102,6 +133,15 @@ impl DiskHealth {
                 Ok(()) => return self.check(),
             }
         }
+    }
+}
+
+impl fmt::Debug for DiskHealth {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("DiskHealth")
+            .field("path", &self.path)
+            .field("failed", &self.failed)
+            .finish_non_exhaustive()
     }
 }
 
@@ -183,5 +223,25 @@ mod tests {
         let said = first.to_string();
         assert!(said.contains("since a fork failed: Input/output error"), "{said}");
         assert!(said.ends_with("; replace the disk"), "{said}");
+    }
+
+    #[test]
+    fn hook_is_called_once_also_if_it_is_set_late() {
+        for late in [false, true] {
+            let health = DiskHealth::new("disk");
+            let (send, calls) = std::sync::mpsc::channel();
+            let hook = Box::new(move |failed: &ContentsUnknown| send.send(failed.what).unwrap());
+            if late {
+                health.sync_failed("a flush", Errno::IO);
+                health.set_hook(hook);
+            } else {
+                health.set_hook(hook);
+                assert!(calls.try_recv().is_err(), "nothing has failed");
+                health.sync_failed("a flush", Errno::IO);
+            }
+            health.sync_failed("a fork", Errno::IO);
+            health.set_hook(Box::new(|_| panic!("another hook has no effect")));
+            assert_eq!(Vec::from_iter(calls.try_iter()), ["a flush"], "late: {late}");
+        }
     }
 }

@@ -20,7 +20,9 @@ fn rate_limit_throttles_until_the_timer_expires() {
     guest.kick(0);
     guest.wait(0, 2);
     assert_eq!(guest.worker.next_timer(), Some(guest.worker.now() + 50 * MS));
-    assert_eq!(guest.control.stats().rate_limiter_throttled_events.get(), 1);
+    let stats = std::sync::Arc::clone(guest.control.stats());
+    assert_eq!((stats.rate_limiter_throttled_events.get(), stats.remaining_reqs_count.get()), (1, 3));
+    assert_eq!(stats.no_avail_buffer.get(), 0);
     guest.worker.advance(49 * MS);
     assert_eq!(guest.drivers[0].out(), 3);
     guest.worker.advance(MS);
@@ -30,6 +32,9 @@ fn rate_limit_throttles_until_the_timer_expires() {
     guest.control.update_limits(RateLimiterConfig { bandwidth: None, ops: Some(none) }, guest.worker.now());
     guest.wait(0, 2);
     assert_eq!(guest.worker.next_timer(), None);
+    guest.kick(0);
+    guest.worker.run();
+    assert_eq!(stats.no_avail_buffer.get(), 1, "the queue is empty");
 }
 
 /// The limiter serves both queues, although each of them could use all of it.

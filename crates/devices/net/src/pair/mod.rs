@@ -195,11 +195,15 @@ impl Task for PairTask {
         if token == RX_KICK {
             self.pair.shared.stats.rx_queue_event_count.add(1);
             self.rx.kicked();
-        } else {
-            self.pair.shared.stats.tx_queue_event_count.add(1);
-            self.tx.kicked();
+            return self.work(cx);
         }
+        self.pair.shared.stats.tx_queue_event_count.add(1);
+        self.tx.kicked();
+        let taken = self.tx.taken();
         self.work(cx);
+        if self.tx.taken() == taken && self.tx.is_idle() {
+            self.pair.shared.stats.no_tx_avail_buffer.add(1);
+        }
     }
 
     fn ready(&mut self, cx: &mut Context<'_>, event: Event) {
@@ -222,10 +226,12 @@ impl Task for PairTask {
 
     fn timer(&mut self, cx: &mut Context<'_>) {
         let now = cx.now();
-        for expired in [self.rx.expire(now), self.tx.expire(now)] {
-            if expired {
-                self.pair.shared.stats.rate_limiter_event_count.add(1);
-            }
+        let stats = &self.pair.shared.stats;
+        if self.rx.expire(now) {
+            stats.rx_rate_limiter_event_count.add(1);
+        }
+        if self.tx.expire(now) {
+            stats.tx_rate_limiter_event_count.add(1);
         }
         self.rx.expire_frame(&self.pair, &mut self.network, now);
         if self.probe_at.take_if(|at| *at <= now).is_some() {

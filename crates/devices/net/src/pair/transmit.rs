@@ -29,11 +29,15 @@ pub(super) struct Transmitter {
     state: TxState,
     /// Source MAC addresses that the guest may use. Empty: any.
     allowed_src_macs: Vec<[u8; 6]>,
+    /// Frames that were taken from the queue.
+    taken: u64,
+    /// Frames that were passed on to the network.
+    sent: u64,
 }
 
 impl Transmitter {
     pub(super) fn new(queue: Queue, allowed_src_macs: Vec<[u8; 6]>) -> Self {
-        Transmitter { queue: TxQueue::new(queue), state: TxState::Ready, allowed_src_macs }
+        Transmitter { queue: TxQueue::new(queue), state: TxState::Ready, allowed_src_macs, taken: 0, sent: 0 }
     }
 
     /// Whether the queue may have frames and nothing delays them.
@@ -58,6 +62,16 @@ impl Transmitter {
         if self.state == TxState::Blocked {
             self.state = TxState::Ready;
         }
+    }
+
+    /// Frames that were taken from the queue so far.
+    pub(super) fn taken(&self) -> u64 {
+        self.taken
+    }
+
+    /// Whether the queue was empty when it was last served.
+    pub(super) fn is_idle(&self) -> bool {
+        matches!(self.state, TxState::Idle)
     }
 
     /// Time of the next timer.
@@ -101,12 +115,19 @@ impl Transmitter {
         loop {
             self.queue.queue.disable_notifications()?;
             let mut empty = false;
+            let (mut begun, sent) = (None, self.sent);
             while done < BYTES_PER_CALL {
                 if !self.queue.pop()? {
                     empty = true;
                     break;
                 }
-                let Some(len) = self.send_one(pair, network, interceptor, cx)? else { break };
+                begun.get_or_insert_with(|| cx.read_clock());
+                let Some(len) = self.send_one(pair, network, interceptor, cx)? else {
+                    let left = self.queue.queue.available()?;
+                    pair.shared.stats.tx_remaining_reqs_count.add(left.into());
+                    break;
+                };
+                self.taken += 1;
                 done += len.max(MIN_FRAME_COST);
                 batch += 1;
                 if batch == FRAMES_PER_PUBLISH {
@@ -115,6 +136,10 @@ impl Transmitter {
                 }
             }
             network.flush(&pair.shared, cx)?;
+            if let Some(begun) = begun.filter(|_| self.sent > sent) {
+                let elapsed = cx.read_clock().saturating_sub(begun);
+                pair.shared.stats.tap_write_latency.record_many(elapsed, self.sent - sent);
+            }
             pair.publish(&mut self.queue.queue)?;
             if !empty {
                 return Ok(if done >= BYTES_PER_CALL { Progress::MoreWork } else { Progress::Waiting });
@@ -175,6 +200,7 @@ impl Transmitter {
         };
         match sent {
             Ok(()) => {
+                self.sent += 1;
                 stats.tx_packets_count.add(1);
                 stats.tx_bytes_count.add(len as u64);
             }

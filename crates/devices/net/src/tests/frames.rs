@@ -37,6 +37,7 @@ fn frames_pass_both_ways_with_their_headers() {
         assert_eq!(rx.header, [1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 1, 0]);
         let stats = guest.control.stats();
         assert_eq!((stats.tx_packets_count.get(), stats.tx_bytes_count.get()), (1, 1000));
+        assert_eq!(stats.no_tx_avail_buffer.get(), 0);
         assert_eq!((stats.rx_packets_count.get(), stats.rx_bytes_count.get()), (1, 1000));
     }
 }

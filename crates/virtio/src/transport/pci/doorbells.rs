@@ -178,7 +178,14 @@ mod tests {
             let doorbells = Doorbells::new(Arc::clone(&kernel) as Arc<dyn IoEventFds>);
             let functions = (0..).zip(QUEUES).map(|(n, queues)| {
                 let events: Vec<_> = (0..queues).map(|_| Arc::new(EventFd::new().unwrap())).collect();
-                (doorbells.add(bar(n), events.iter().cloned(), DeviceStatus::new("test".into())), events)
+                (
+                    doorbells.add(
+                        bar(n),
+                        events.iter().cloned(),
+                        DeviceStatus::new("test".into(), Arc::new(())),
+                    ),
+                    events,
+                )
             });
             let functions = functions.collect();
             Bus { doorbells, kernel, functions }

@@ -13,7 +13,7 @@ use super::config_space::{ConfigSpace, ConfigState, Identity};
 use super::doorbells::{Doorbells, FunctionKey};
 use super::msix::{MsiVectors, Msix, MsixState, VectorMasks};
 use super::{BAR_SIZE, BarWindow, DEVICE_BASE, VENDOR, class_code, layout};
-use crate::device::Interrupt;
+use crate::device::{Interrupt, TransportStats};
 use crate::transport::core::{AddrHalf, Area, CommonState, TransportCore};
 use crate::transport::device_status::DeviceStatus;
 use crate::transport::{Attachment, RestoreError};
@@ -53,9 +53,18 @@ struct PciInterrupt {
     config_vector: AtomicU16,
     queue_vectors: Vec<AtomicU16>,
     masks: Arc<VectorMasks>,
+    stats: Arc<TransportStats>,
 }
 
 impl PciInterrupt {
+    /// Raises `vector`, if there is one.
+    fn raise(&self, vector: u16) {
+        if vector != NO_VECTOR {
+            self.stats.interrupts.add(1);
+            self.masks.raise(vector);
+        }
+    }
+
     fn forget(&self) {
         self.isr.store(0, Ordering::SeqCst);
         for vector in self.queue_vectors.iter().chain([&self.config_vector]) {
@@ -69,16 +78,17 @@ impl Interrupt for PciInterrupt {
     fn queue(&self, index: u16) {
         // The ISR bit is not needed with MSI-X (4.1.4.5.1), and there are no interrupts without it.
         if let Some(vector) = self.queue_vectors.get(usize::from(index)) {
-            self.masks.raise(vector.load(Ordering::Acquire));
+            self.raise(vector.load(Ordering::Acquire));
         }
     }
 
     fn config(&self) {
         self.isr.fetch_or(ISR_CONFIG, Ordering::SeqCst);
-        self.masks.raise(self.config_vector.load(Ordering::Acquire));
+        self.raise(self.config_vector.load(Ordering::Acquire));
     }
 
     fn needs_reset(&self, why: &dyn fmt::Display) {
+        self.stats.device_errors.add(1);
         if self.device_status.needs_reset(why) {
             self.config();
         }
@@ -111,14 +121,17 @@ impl PciTransport {
     ) -> io::Result<Self> {
         let kind = attachment.device.kind();
         let queues = attachment.device.queue_sizes().len();
-        let device_status = DeviceStatus::new(attachment.name.clone());
-        let msix = Msix::new((queues + 1).min(layout::MAX_VECTORS), vectors, Arc::clone(&device_status));
+        let device_status = DeviceStatus::new(attachment.name.clone(), Arc::clone(&attachment.failures));
+        let stats = Arc::<TransportStats>::default();
+        let count = (queues + 1).min(layout::MAX_VECTORS);
+        let msix = Msix::new(count, vectors, Arc::clone(&device_status), Arc::clone(&stats));
         let interrupt = Arc::new(PciInterrupt {
             device_status: Arc::clone(&device_status),
             isr: AtomicU8::new(0),
             config_vector: AtomicU16::new(NO_VECTOR),
             queue_vectors: (0..queues).map(|_| AtomicU16::new(NO_VECTOR)).collect(),
             masks: msix.masks(),
+            stats,
         });
         let mut space = ConfigSpace::new(&Identity {
             vendor: VENDOR,
@@ -152,6 +165,11 @@ impl PciTransport {
     /// How often the device needed a reset.
     pub fn broken_count(&self) -> u64 {
         self.common.broken_count()
+    }
+
+    /// The counters of the transport.
+    pub fn stats(&self) -> Arc<TransportStats> {
+        Arc::clone(&self.interrupt.stats)
     }
 
     /// The address of the BAR; [`NOT_DECODED`] if it is not decoded.

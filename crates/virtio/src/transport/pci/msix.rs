@@ -10,6 +10,7 @@ use std::sync::atomic::AtomicBool;
 use serde::{Deserialize, Serialize};
 
 use super::vector_mask::VectorMask;
+use crate::device::TransportStats;
 use crate::transport::device_status::DeviceStatus;
 
 /// The message of a vector: a write of `data` to `addr`.
@@ -109,6 +110,7 @@ impl VectorMasks {
 pub(super) struct Msix {
     masks: Arc<VectorMasks>,
     device_status: Arc<DeviceStatus>,
+    stats: Arc<TransportStats>,
     table: Vec<Vector>,
     enabled: bool,
     function_masked: bool,
@@ -116,12 +118,18 @@ pub(super) struct Msix {
 
 impl Msix {
     /// Creates `count` vectors (at most 2048), all masked, MSI-X disabled.
-    pub(super) fn new(count: usize, vectors: Box<dyn MsiVectors>, device_status: Arc<DeviceStatus>) -> Self {
+    pub(super) fn new(
+        count: usize,
+        vectors: Box<dyn MsiVectors>,
+        device_status: Arc<DeviceStatus>,
+        stats: Arc<TransportStats>,
+    ) -> Self {
         let masks = (0..count).map(|_| VectorMask::default()).collect();
         let blank = Vector { message: MsiMessage { addr: 0, data: 0 }, masked: true, sent: None };
         Msix {
             masks: Arc::new(VectorMasks { masks, vectors }),
             device_status,
+            stats,
             table: vec![blank; count],
             enabled: false,
             function_masked: false,
@@ -168,6 +176,7 @@ impl Msix {
                 return;
             }
             entry.sent = Some(entry.message);
+            self.stats.vector_updates.add(1);
         }
         self.masks.open(vector);
     }

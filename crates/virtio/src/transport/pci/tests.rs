@@ -305,6 +305,7 @@ fn function(bar: u64, root: &PciRoot) -> Arc<Mutex<PciTransport>> {
         device,
         memory: guest_ram(1),
         workers: TestWorker::new().workers(),
+        failures: Arc::new(()),
     };
     let function = root.new_function(attachment, bar, Box::new(NoVectors)).unwrap();
     Arc::new(Mutex::new(function))
