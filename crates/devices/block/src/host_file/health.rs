@@ -241,7 +241,7 @@ mod tests {
             }
             health.sync_failed("a fork", Errno::IO);
             health.set_hook(Box::new(|_| panic!("another hook has no effect")));
-            assert_eq!(Vec::from_iter(calls.try_iter()), ["a flush"], "late: {late}");
+            assert_eq!(calls.try_iter().collect::<Vec<_>>(), ["a flush"], "late: {late}");
         }
     }
 }
