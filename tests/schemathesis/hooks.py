@@ -1,6 +1,8 @@
 """What schemathesis needs to know about a monitor: see tests/tests/null_schemathesis.rs.
 
-The environment variable VESTA_API_SOCKET has the path of the API socket.
+Environment variables: VESTA_API_SOCKET is the path of the API socket, VESTA_STATUSES that of a file
+to which each answer's operation and status go, VESTA_DISK that of a disk, VESTA_DRIVE_ID and
+VESTA_IFACE_ID are the ids of a drive and of a network interface.
 """
 
 import os
@@ -47,14 +49,17 @@ def mount(self, init=requests.Session.__init__):
 requests.Session.__init__ = mount
 
 
-def confined(value):
-    """The value with paths below the monitor's directory: a test leaves no file elsewhere."""
+def prepared(value):
+    """The value with paths below the monitor's directory, because a test leaves no file elsewhere,
+    and with whole numbers as a client writes them: without a fraction, which the API refuses."""
     if isinstance(value, str):
         return value.lstrip("/").replace("..", "__")
+    if isinstance(value, float) and value.is_integer():
+        return int(value)
     if isinstance(value, list):
-        return [confined(item) for item in value]
+        return [prepared(item) for item in value]
     if isinstance(value, dict):
-        return {key: confined(item) for key, item in value.items()}
+        return {key: prepared(item) for key, item in value.items()}
     return value
 
 
@@ -62,7 +67,7 @@ def confined(value):
 def before_call(context, case, kwargs):
     if not isinstance(case.body, (str, list, dict)):
         return
-    case.body = confined(case.body)
+    case.body = prepared(case.body)
     if not case.meta or not case.meta.generation.mode.is_positive:
         return
     # Random ids never agree, and then nothing else of the request is looked at.
@@ -71,11 +76,15 @@ def before_call(context, case, kwargs):
             if case.method == "PATCH":
                 case.path_parameters[name] = os.environ["VESTA_" + name.upper()]
             case.body[name] = case.path_parameters[name]
+    if case.path.startswith("/drives/") and isinstance(case.body, dict) and "path_on_host" in case.body:
+        case.body["path_on_host"] = os.environ["VESTA_DISK"]
 
 
 @schemathesis.hook
 def after_call(context, case, response):
-    """Ends the children of a fork."""
+    """Notes the status, and ends the children of a fork."""
+    with open(os.environ["VESTA_STATUSES"], "a") as statuses:
+        print(case.method, case.path, response.status_code, file=statuses)
     if case.path == "/fork" and response.status_code == 200:
         for child in response.json()["children"]:
             if "pid" in child:

@@ -1,6 +1,5 @@
-//! Compares the description with the facts of Firecracker's (`tests/data/firecracker-1.17-api.json`):
-//! every endpoint, field, type, value, default and bound of Firecracker is in ours, or among the
-//! [`EXCEPTIONS`].
+//! Compares the description with the facts of Firecracker 1.17 in `tests/data`: every endpoint,
+//! field, type, value, default and bound of Firecracker is in ours, or among the [`EXCEPTIONS`].
 //!
 //! What Firecracker accepts must be accepted: a type, the values of an enumeration, bounds, fields
 //! that may be left out. What its answers always have, ours must have.
@@ -11,8 +10,8 @@ use serde_json::Value;
 
 const FACTS: &str = include_str!("../../../tests/data/firecracker-1.17-api.json");
 
-/// Where ours differs, and why. `*` stands for any text. An exception without a difference fails the
-/// test.
+/// Where ours differs, and why. `*` stands for any text. An exception without a difference fails
+/// the test.
 const EXCEPTIONS: &[(&str, &str)] = &[
     ("* /balloon*: missing", "there is no balloon device yet"),
     ("* /hotplug/memory: missing", "there is no memory hot-plug yet"),

@@ -7,10 +7,10 @@
 //!
 //! # Invariants
 //!
-//! - The feature `schema` reaches no monitor: this is a crate of its own, on which no other depends,
-//!   so that building a monitor enables it nowhere.
-//! - What a description says is for users. A link of a doc comment that only a Rust programmer could
-//!   follow is an error ([`text`]).
+//! - The feature `schema` reaches no monitor: this is a crate of its own, on which no other
+//!   depends, so that building a monitor enables it nowhere.
+//! - What a description says is for users. A link of a doc comment that only a Rust programmer
+//!   could follow is an error ([`text`]).
 
 #![forbid(unsafe_code)]
 

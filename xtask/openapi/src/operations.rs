@@ -90,8 +90,8 @@ fn any_text(_: &mut SchemaGenerator) -> Schema {
     json_schema!({ "type": "string" })
 }
 
-const fn body(schema: SchemaOf, example: &'static str) -> Option<Body> {
-    Some(Body { schema, example })
+const fn body(schema: SchemaOf, example: &'static str) -> Body {
+    Body { schema, example }
 }
 
 /// An operation that takes nothing, answers nothing, and is always possible.
@@ -146,7 +146,7 @@ pub(crate) const OPERATIONS: &[Operation] = &[
         summary: "Set processors and memory",
         more: "Fields that are not given return to their defaults.",
         when: BeforeStart,
-        body: body(of::<MachineConfig>, r#"{"vcpu_count": 2, "mem_size_mib": 256}"#),
+        body: Some(body(of::<MachineConfig>, r#"{"vcpu_count": 2, "mem_size_mib": 256}"#)),
         deprecation: true,
         ..BARE
     },
@@ -157,7 +157,7 @@ pub(crate) const OPERATIONS: &[Operation] = &[
         summary: "Change processors and memory",
         more: "Fields that are not given stay. At least one must be given.",
         when: BeforeStart,
-        body: body(of::<MachineConfigUpdate>, r#"{"mem_size_mib": 512}"#),
+        body: Some(body(of::<MachineConfigUpdate>, r#"{"mem_size_mib": 512}"#)),
         deprecation: true,
         ..BARE
     },
@@ -168,11 +168,11 @@ pub(crate) const OPERATIONS: &[Operation] = &[
         summary: "Set a custom CPU template",
         more: "It replaces an earlier one, also a static template. An empty one changes nothing of the CPU.",
         when: BeforeStart,
-        body: body(
+        body: Some(body(
             of::<CpuConfig>,
             r#"{"cpuid_modifiers": [{"leaf": "0x7", "subleaf": "0x0", "flags": 1,
                 "modifiers": [{"register": "ebx", "bitmap": "0bxxxxxxxxxxxxxxx0xxxxxxxxxxxxxxxx"}]}]}"#,
-        ),
+        )),
         ..BARE
     },
     Operation {
@@ -182,7 +182,10 @@ pub(crate) const OPERATIONS: &[Operation] = &[
         summary: "Set the kernel, the initrd and the kernel command line",
         more: "The files are opened now.",
         when: BeforeStart,
-        body: body(of::<BootSource>, r#"{"kernel_image_path": "vmlinux", "boot_args": "console=ttyS0"}"#),
+        body: Some(body(
+            of::<BootSource>,
+            r#"{"kernel_image_path": "vmlinux", "boot_args": "console=ttyS0"}"#,
+        )),
         ..BARE
     },
     Operation {
@@ -191,7 +194,7 @@ pub(crate) const OPERATIONS: &[Operation] = &[
         id: "putLogger",
         summary: "Configure the monitor's log",
         when: BeforeStart,
-        body: body(of::<Logger>, r#"{"log_path": "vm.log", "level": "Debug"}"#),
+        body: Some(body(of::<Logger>, r#"{"log_path": "vm.log", "level": "Debug"}"#)),
         ..BARE
     },
     Operation {
@@ -209,7 +212,7 @@ pub(crate) const OPERATIONS: &[Operation] = &[
         summary: "Set where lines of metrics go",
         more: "Possible once.",
         when: BeforeStart,
-        body: body(of::<Metrics>, r#"{"metrics_path": "vm.metrics"}"#),
+        body: Some(body(of::<Metrics>, r#"{"metrics_path": "vm.metrics"}"#)),
         ..BARE
     },
     Operation {
@@ -219,7 +222,7 @@ pub(crate) const OPERATIONS: &[Operation] = &[
         summary: "Set where the output of the serial console goes",
         more: "The file is opened now.",
         when: BeforeStart,
-        body: body(of::<Serial>, r#"{"serial_out_path": "console.log"}"#),
+        body: Some(body(of::<Serial>, r#"{"serial_out_path": "console.log"}"#)),
         ..BARE
     },
     Operation {
@@ -229,10 +232,10 @@ pub(crate) const OPERATIONS: &[Operation] = &[
         summary: "Add a drive, or replace the one with this id",
         more: "The id in the path and the one in the body must be the same. The disk is opened now.",
         when: BeforeStart,
-        body: body(
+        body: Some(body(
             of::<Drive>,
             r#"{"drive_id": "rootfs", "is_root_device": true, "path_on_host": "rootfs.ext4"}"#,
-        ),
+        )),
         ..BARE
     },
     Operation {
@@ -242,7 +245,7 @@ pub(crate) const OPERATIONS: &[Operation] = &[
         summary: "Change the disk, the overlay or the rate limits of a drive",
         more: "Fields that are not given stay. At least one must be given besides the id.",
         when: AfterStart,
-        body: body(of::<DriveUpdate>, r#"{"drive_id": "data", "path_on_host": "other.img"}"#),
+        body: Some(body(of::<DriveUpdate>, r#"{"drive_id": "data", "path_on_host": "other.img"}"#)),
         ..BARE
     },
     Operation {
@@ -252,7 +255,7 @@ pub(crate) const OPERATIONS: &[Operation] = &[
         summary: "Add a network interface, or replace the one with this id",
         more: "The id in the path and the one in the body must be the same. The tap is opened now.",
         when: BeforeStart,
-        body: body(of::<NetworkInterface>, r#"{"iface_id": "eth0", "host_dev_name": "tap0"}"#),
+        body: Some(body(of::<NetworkInterface>, r#"{"iface_id": "eth0", "host_dev_name": "tap0"}"#)),
         ..BARE
     },
     Operation {
@@ -261,10 +264,10 @@ pub(crate) const OPERATIONS: &[Operation] = &[
         id: "patchGuestNetworkInterfaceByID",
         summary: "Change the rate limits of a network interface",
         when: AfterStart,
-        body: body(
+        body: Some(body(
             of::<NetworkInterfaceUpdate>,
             r#"{"iface_id": "eth0", "rx_rate_limiter": {"ops": {"size": 1000, "refill_time": 100}}}"#,
-        ),
+        )),
         ..BARE
     },
     Operation {
@@ -273,7 +276,7 @@ pub(crate) const OPERATIONS: &[Operation] = &[
         id: "putEntropyDevice",
         summary: "Add or replace the entropy device",
         when: BeforeStart,
-        body: body(of::<Entropy>, "{}"),
+        body: Some(body(of::<Entropy>, "{}")),
         ..BARE
     },
     Operation {
@@ -283,7 +286,7 @@ pub(crate) const OPERATIONS: &[Operation] = &[
         summary: "Add or replace the vsock device",
         more: "Its sockets are created now.",
         when: BeforeStart,
-        body: body(of::<Vsock>, r#"{"guest_cid": 3, "uds_path": "v.sock"}"#),
+        body: Some(body(of::<Vsock>, r#"{"guest_cid": 3, "uds_path": "v.sock"}"#)),
         deprecation: true,
         ..BARE
     },
@@ -301,7 +304,7 @@ pub(crate) const OPERATIONS: &[Operation] = &[
         id: "putMmds",
         summary: "Replace the contents of the metadata service",
         more: "After the start, only if the guest can reach the service.",
-        body: body(any_object, r#"{"latest": {"meta-data": {"ami-id": "ami-1"}}}"#),
+        body: Some(body(any_object, r#"{"latest": {"meta-data": {"ami-id": "ami-1"}}}"#)),
         answers: METADATA_DONE,
         ..BARE
     },
@@ -311,7 +314,7 @@ pub(crate) const OPERATIONS: &[Operation] = &[
         id: "patchMmds",
         summary: "Merge into the contents of the metadata service (RFC 7396)",
         more: "Only after a `PUT`. After the start, only if the guest can reach the service.",
-        body: body(any_object, r#"{"latest": {"meta-data": {"ami-id": null}}}"#),
+        body: Some(body(any_object, r#"{"latest": {"meta-data": {"ami-id": null}}}"#)),
         answers: METADATA_DONE,
         ..BARE
     },
@@ -321,7 +324,7 @@ pub(crate) const OPERATIONS: &[Operation] = &[
         id: "putMmdsConfig",
         summary: "Set how the guest reaches the metadata service",
         when: BeforeStart,
-        body: body(of::<MmdsConfig>, r#"{"version": "V2", "network_interfaces": ["eth0"]}"#),
+        body: Some(body(of::<MmdsConfig>, r#"{"version": "V2", "network_interfaces": ["eth0"]}"#)),
         deprecation: true,
         ..BARE
     },
@@ -341,7 +344,7 @@ pub(crate) const OPERATIONS: &[Operation] = &[
         id: "createSyncAction",
         summary: "Start the microVM, or act on the started one",
         more: "`InstanceStart` is possible before the start, the other actions after it.",
-        body: body(of::<Action>, r#"{"action_type": "InstanceStart"}"#),
+        body: Some(body(of::<Action>, r#"{"action_type": "InstanceStart"}"#)),
         ..BARE
     },
     Operation {
@@ -350,7 +353,7 @@ pub(crate) const OPERATIONS: &[Operation] = &[
         id: "patchVm",
         summary: "Pause or resume the microVM",
         when: AfterStart,
-        body: body(of::<Vm>, r#"{"state": "Paused"}"#),
+        body: Some(body(of::<Vm>, r#"{"state": "Paused"}"#)),
         ..BARE
     },
     Operation {
@@ -360,7 +363,7 @@ pub(crate) const OPERATIONS: &[Operation] = &[
         summary: "Save the microVM to two files",
         more: "The microVM must be paused, except for a live snapshot.",
         when: AfterStart,
-        body: body(of::<SnapshotCreate>, r#"{"snapshot_path": "vm.state", "mem_file_path": "vm.mem"}"#),
+        body: Some(body(of::<SnapshotCreate>, r#"{"snapshot_path": "vm.state", "mem_file_path": "vm.mem"}"#)),
         answers: &[
             json(of::<SnapshotJob>, "A live snapshot has begun."),
             Answer {
@@ -400,11 +403,11 @@ pub(crate) const OPERATIONS: &[Operation] = &[
         more: "Only as long as nothing has configured a microVM to boot. Exactly one of `mem_backend` and \
                `mem_file_path` must be given.",
         when: BeforeStart,
-        body: body(
+        body: Some(body(
             of::<SnapshotLoad>,
             r#"{"snapshot_path": "vm.state", "mem_backend": {"backend_type": "File", "backend_path": "vm.mem"},
                 "resume_vm": true}"#,
-        ),
+        )),
         deprecation: true,
         ..BARE
     },
@@ -414,7 +417,7 @@ pub(crate) const OPERATIONS: &[Operation] = &[
         id: "forkMicroVm",
         summary: "Fork the running microVM into children",
         when: AfterStart,
-        body: body(of::<Fork>, r#"{"children": [{"id": "child-1", "api_socket": "child-1.sock"}]}"#),
+        body: Some(body(of::<Fork>, r#"{"children": [{"id": "child-1", "api_socket": "child-1.sock"}]}"#)),
         answers: &[json(of::<ForkOutcome>, "At least one child has started.")],
         extension: true,
         ..BARE

@@ -192,6 +192,10 @@ fn add_alias(object: &mut Map<String, Value>) {
     let found = properties.iter_mut().find_map(|(name, field)| Some((name.clone(), alias_of(field)?)));
     let Some((name, Value::String(alias))) = found else { return };
     let mut field = properties[&name].clone();
+    // Generated clients send defaults.
+    if let Some(field) = field.as_object_mut() {
+        field.remove("default");
+    }
     field["description"] = format!("Old name of `{name}`. Only one of both may be given.").into();
     field["deprecated"] = true.into();
     properties.insert(alias.clone(), field);

@@ -175,7 +175,7 @@ fn bounds(document: &Value, schema: &Value, place: &[String]) -> Vec<Bound> {
     }
     if let Value::Object(fields) = &schema["properties"] {
         for (name, field) in fields {
-            found.extend(bounds(document, field, &[place, &[name.clone()]].concat()));
+            found.extend(bounds(document, field, &[place, std::slice::from_ref(name)].concat()));
         }
     }
     if schema["items"].is_object() {

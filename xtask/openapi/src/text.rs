@@ -41,7 +41,8 @@ pub(crate) fn description(doc: &str) -> Result<String> {
         out += before;
         // Texts need the marks of code; numbers do not.
         let is_number = value.bytes().all(|byte| byte.is_ascii_digit());
-        out += &if is_number { value.clone() } else { format!("`{value}`") };
+        let mark = if is_number { "" } else { "`" };
+        out.extend([mark, value, mark]);
         rest = after;
     }
     out += rest;

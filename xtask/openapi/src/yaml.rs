@@ -126,7 +126,7 @@ fn inline(value: &Value) -> String {
     }
 }
 
-/// A text without quotes, if YAML then reads the same text, else in JSON's quotes, which YAML knows.
+/// A text without quotes if YAML then reads the same text, else in JSON's quotes, which YAML knows.
 fn scalar(text: &str) -> String {
     let plain = |c: char| c.is_ascii_alphanumeric() || "_-./ $".contains(c);
     let first_is_letter = text.starts_with(|c: char| c.is_ascii_alphabetic() || c == '/' || c == '$');

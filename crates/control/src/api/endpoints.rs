@@ -3,61 +3,51 @@
 //! The rows are in [`routes`](super::routes). Nothing else routes a request, so the table is the
 //! whole API. A test compares it with `docs/api/openapi.yaml`.
 
-use crate::http::{Method, Request};
-
-use super::routes::{RouteError, Routed};
-
-/// Turns a request into its command. The text is the part of the path that stands for the
-/// endpoint's parameter, empty if it has none.
-pub(super) type Read = fn(&Request, &str) -> Result<Routed, RouteError>;
+use crate::http::Method;
 
 /// An endpoint: a method, a path, and what reads its requests.
-pub struct Endpoint {
+#[derive(Debug)]
+pub struct Endpoint<R> {
     /// The method.
     pub method: Method,
     /// The path. It has at most one parameter, a segment in braces: `/drives/{drive_id}`.
     pub path: &'static str,
     /// Whether a request may not have further segments. Otherwise they are ignored.
-    exact: bool,
-    pub(super) target: Target,
+    pub(super) exact: bool,
+    pub(super) target: Target<R>,
 }
 
 /// What an endpoint's requests ask for.
-#[derive(Clone, Copy)]
-pub(super) enum Target {
-    /// A command.
-    Command(Read),
+#[derive(Debug, Clone, Copy)]
+pub(super) enum Target<R> {
+    /// A command, and what reads it.
+    Command(R),
     /// The stream of events.
     Events,
 }
 
-impl Endpoint {
-    pub(super) const fn get(path: &'static str, read: Read) -> Endpoint {
+impl<R> Endpoint<R> {
+    pub(super) const fn get(path: &'static str, read: R) -> Endpoint<R> {
         Endpoint { method: Method::Get, path, exact: false, target: Target::Command(read) }
     }
 
-    pub(super) const fn put(path: &'static str, read: Read) -> Endpoint {
+    pub(super) const fn put(path: &'static str, read: R) -> Endpoint<R> {
         Endpoint { method: Method::Put, path, exact: false, target: Target::Command(read) }
     }
 
-    pub(super) const fn patch(path: &'static str, read: Read) -> Endpoint {
+    pub(super) const fn patch(path: &'static str, read: R) -> Endpoint<R> {
         Endpoint { method: Method::Patch, path, exact: false, target: Target::Command(read) }
     }
 
-    pub(super) const fn delete(path: &'static str, read: Read) -> Endpoint {
+    pub(super) const fn delete(path: &'static str, read: R) -> Endpoint<R> {
         Endpoint { method: Method::Delete, path, exact: false, target: Target::Command(read) }
     }
 
-    pub(super) const fn events(path: &'static str) -> Endpoint {
+    pub(super) const fn events(path: &'static str) -> Endpoint<R> {
         Endpoint { method: Method::Get, path, exact: false, target: Target::Events }
     }
 
-    /// This endpoint for requests without further segments.
-    pub(super) const fn exact(self) -> Endpoint {
-        Endpoint { exact: true, ..self }
-    }
-
-    fn segments(&self) -> impl Iterator<Item = &'static str> {
+    fn segments(&self) -> impl Iterator<Item = &'static str> + use<R> {
         self.path.split('/').filter(|segment| !segment.is_empty())
     }
 
@@ -81,7 +71,11 @@ impl Endpoint {
 }
 
 /// The endpoint of a request: of those that match its path, the one with the most segments.
-pub(super) fn find(table: &'static [Endpoint], method: Method, path: &[&str]) -> Option<&'static Endpoint> {
+pub(super) fn find<R>(
+    table: &'static [Endpoint<R>],
+    method: Method,
+    path: &[&str],
+) -> Option<&'static Endpoint<R>> {
     let matching = table.iter().filter(|endpoint| endpoint.method == method);
     let longest = matching.filter_map(|endpoint| Some((endpoint.matches(path)?, endpoint)));
     longest.max_by_key(|(len, _)| *len).map(|(_, endpoint)| endpoint)

@@ -44,7 +44,7 @@ use std::{
 pub use channel::{ReplyTo, Request, Requests};
 pub use endpoints::Endpoint;
 pub use limits::Limits;
-pub use routes::{ENDPOINTS, Route, RouteError, Routed, route};
+pub use routes::{ENDPOINTS, Read, Route, RouteError, Routed, route};
 pub use socket_file::{BindError, Occupant, leave_all as leave_all_sockets};
 use socket_file::{SocketFile, SocketType};
 

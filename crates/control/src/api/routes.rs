@@ -101,8 +101,12 @@ pub enum RouteError {
     Id(#[from] IdError),
 }
 
+/// Turns a request into its command. The text is the part of the path that stands for the
+/// endpoint's parameter, empty if it has none.
+pub type Read = fn(&Request, &str) -> Result<Routed, RouteError>;
+
 /// Every endpoint. A row here needs a row in `xtask/openapi/src/operations.rs`.
-pub const ENDPOINTS: &[Endpoint] = &[
+pub const ENDPOINTS: &[Endpoint<Read>] = &[
     Endpoint::get("/", |request, _| question(request, Command::DescribeInstance)),
     Endpoint::get("/version", |request, _| question(request, Command::GetVersion)),
     Endpoint::get("/openapi.json", |request, _| question(request, Command::GetOpenApi)),
@@ -122,7 +126,10 @@ pub const ENDPOINTS: &[Endpoint] = &[
     Endpoint::put("/entropy", |request, _| Ok(plain(Command::PutEntropy(body(request)?)))),
     Endpoint::put("/vsock", |request, _| put_vsock(request)),
     Endpoint::get("/mmds", |request, _| question(request, Command::GetMmds)),
-    Endpoint::put("/mmds", |request, _| Ok(plain(Command::PutMmds(body(request)?)))).exact(),
+    Endpoint {
+        exact: true,
+        ..Endpoint::put("/mmds", |request, _| Ok(plain(Command::PutMmds(body(request)?))))
+    },
     Endpoint::patch("/mmds", |request, _| Ok(plain(Command::PatchMmds(body(request)?)))),
     Endpoint::put("/mmds/config", |request, _| put_mmds_config(request)),
     Endpoint::events("/events"),
