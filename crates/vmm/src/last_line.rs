@@ -124,7 +124,8 @@ mod tests {
         let identity = Identity { id: "vm-1".to_owned(), app_name: "vesta", version: "0", api_version: "0" };
         let platform = Platform { boot_timer: None, pci: false, mmds_size_limit: 1, max_payload: 1 };
         let (sink, _source) = machine::event_channel().unwrap();
-        let mut controller = Controller::new(identity, ProcessHost::new(child::run), platform, sink, EventLog::new("a"));
+        let mut controller =
+            Controller::new(identity, ProcessHost::new(child::run), platform, sink, EventLog::new("a"));
         let metrics = config::Metrics {
             metrics_path: std::env::var_os("METRICS").unwrap().into(),
             emit_id: true,
