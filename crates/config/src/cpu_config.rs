@@ -92,13 +92,13 @@ pub struct RegisterModifier {
 #[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 #[serde(rename_all = "lowercase")]
 pub enum CpuidRegister {
-    /// `eax`
+    /// The register `eax`.
     Eax,
-    /// `ebx`
+    /// The register `ebx`.
     Ebx,
-    /// `ecx`
+    /// The register `ecx`.
     Ecx,
-    /// `edx`
+    /// The register `edx`.
     Edx,
 }
 

@@ -236,6 +236,9 @@ impl Drive {
         if let Some(overlay) = &update.overlay {
             new.overlay = Some(overlay.clone());
         }
+        // Before the buckets that limit nothing are removed.
+        let limits = update.rate_limiter.as_ref().map_or(Ok(()), RateLimiter::check);
+        limits.map_err(|error| error.in_drive(&self.drive_id))?;
         new.rate_limiter = RateLimiter::updated(self.rate_limiter, update.rate_limiter);
         new.check()?;
         Ok(new)

@@ -21,9 +21,17 @@ pub struct Metrics {
     pub metrics_path: PathBuf,
     /// Whether each line has the microVM's id as `id`.
     #[serde(default, deserialize_with = "null_is_default", skip_serializing_if = "std::ops::Not::not")]
+    #[cfg_attr(
+        feature = "schema",
+        schemars(schema_with = "crate::schema::null_is_default::<bool>", extend("default" = false))
+    )]
     pub emit_id: bool,
     /// Texts that each line has as `properties`, unless there are none.
     #[serde(default, deserialize_with = "null_is_default", skip_serializing_if = "BTreeMap::is_empty")]
+    #[cfg_attr(
+        feature = "schema",
+        schemars(schema_with = "crate::schema::null_is_default::<BTreeMap<String, String>>")
+    )]
     pub properties: BTreeMap<String, String>,
 }
 

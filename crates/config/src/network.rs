@@ -229,6 +229,10 @@ impl NetworkInterface {
             let (body, path) = (update.iface_id.clone(), self.iface_id.clone());
             return Err(NetworkError::IdMismatch { body, path }.into());
         }
+        // Before the buckets that limit nothing are removed.
+        let limits = [update.rx_rate_limiter, update.tx_rate_limiter];
+        let checked = limits.iter().flatten().try_for_each(RateLimiter::check);
+        checked.map_err(|error| error.in_network(&self.iface_id))?;
         let new = NetworkInterface {
             rx_rate_limiter: RateLimiter::updated(self.rx_rate_limiter, update.rx_rate_limiter),
             tx_rate_limiter: RateLimiter::updated(self.tx_rate_limiter, update.tx_rate_limiter),

@@ -170,8 +170,10 @@ pub(crate) const OPERATIONS: &[Operation] = &[
         when: BeforeStart,
         body: Some(body(
             of::<CpuConfig>,
-            r#"{"cpuid_modifiers": [{"leaf": "0x7", "subleaf": "0x0", "flags": 1,
-                "modifiers": [{"register": "ebx", "bitmap": "0bxxxxxxxxxxxxxxx0xxxxxxxxxxxxxxxx"}]}]}"#,
+            r#"{"kvm_capabilities": ["121"],
+                "cpuid_modifiers": [{"leaf": "0x7", "subleaf": "0x0", "flags": 1,
+                "modifiers": [{"register": "ebx", "bitmap": "0bxxxxxxxxxxxxxxx0xxxxxxxxxxxxxxxx"}]}],
+                "msr_modifiers": [{"addr": "0x10a", "bitmap": "0bxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxx0"}]}"#,
         )),
         ..BARE
     },
