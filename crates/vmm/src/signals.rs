@@ -38,9 +38,14 @@ pub(crate) struct Signals(&'static EventFd);
 impl Signals {
     /// The signal that arrived, if one did.
     pub(crate) fn arrived(&self) -> Option<i32> {
-        // In this order: a handler stores its signal before it signals the eventfd.
+        // A handler stores its signal before it signals the eventfd, which therefore has nothing to
+        // take as long as no signal is stored.
+        let signal = ARRIVED.load(Ordering::Acquire);
+        if signal == 0 {
+            return None;
+        }
         self.0.take();
-        Some(ARRIVED.load(Ordering::Acquire)).filter(|signal| *signal != 0)
+        Some(signal)
     }
 }
 
