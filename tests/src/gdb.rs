@@ -37,7 +37,8 @@ impl Gdb {
         std::thread::spawn(move || {
             let mut line = Vec::new();
             while output.read_until(b'\n', &mut line).is_ok_and(|count| count > 0) {
-                let text = String::from_utf8_lossy(&line).trim_end().replace("(gdb) ", "");
+                // The prompts are in the same stream.
+                let text = String::from_utf8_lossy(&line).replace("(gdb) ", "").trim_end().to_owned();
                 line.clear();
                 if sender.send(text).is_err() {
                     return;
@@ -146,8 +147,28 @@ impl RemoteClient {
             }
         }
         self.0.read_exact(&mut [0; 2])?;
-        self.send_raw(b"+")?;
-        String::from_utf8(packet).context("a packet that is text")
+        // After the last packet the connection may be closed.
+        let _ = self.send_raw(b"+");
+        expanded(&packet).context("a packet that is text")
+    }
+
+    /// Sets the instruction pointer of the thread whose registers are read.
+    pub fn set_pc(&mut self, pc: u64) -> Result<()> {
+        // After 16 registers of 8 bytes.
+        const RIP: usize = 16 * 16;
+        let mut registers = self.ask("g")?;
+        ensure!(registers.len() > RIP + 16, "registers: {registers}");
+        registers.replace_range(RIP..RIP + 16, &format!("{:016x}", pc.swap_bytes()));
+        let set = self.ask(&format!("G{registers}"))?;
+        ensure!(set == "OK", "the registers are not set: {set}");
+        Ok(())
+    }
+
+    /// Ends its side of the connection, and waits until the other side closes it.
+    pub fn close(mut self) -> Result<()> {
+        // It may be closed already.
+        let _ = self.0.shutdown(std::net::Shutdown::Write);
+        self.wait_closed()
     }
 
     /// Waits until the other side closes the connection.
@@ -160,5 +181,33 @@ impl RemoteClient {
                 Ok(())
             }
         }
+    }
+}
+
+/// A packet without its run-length encoding: `0*n` is a character and a number of repetitions,
+/// from 29 on.
+fn expanded(packet: &[u8]) -> Option<String> {
+    let mut text = String::new();
+    let mut bytes = packet.iter();
+    while let Some(&byte) = bytes.next() {
+        if byte == b'*' {
+            let last = text.chars().next_back()?;
+            let times = usize::from(bytes.next()?.checked_sub(29)?);
+            text.extend(std::iter::repeat_n(last, times));
+        } else {
+            text.push(char::from(byte));
+        }
+    }
+    Some(text)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn runs_of_a_packet_are_expanded() {
+        assert_eq!(expanded(b"10* f").as_deref(), Some("10000f"));
+        assert_eq!((expanded(b"*!"), expanded(b"0*")), (None, None));
     }
 }

@@ -1,61 +1,52 @@
 //! Debugging a Linux guest by gdb, with the symbols of its kernel.
+//!
+//! QEMU's emulated AMD-V neither intercepts `int3` nor has debug registers for guests, so there are
+//! no breakpoints here (but in `null_gdb`).
 
 use anyhow::{Result, ensure};
 use serde_json::json;
 use vesta_tests::gdb::Gdb;
-use vesta_tests::guest::{BOOT_TIMEOUT, Guest, Kernel, start, vmm_with_api};
+use vesta_tests::guest::{BOOT_TIMEOUT, Guest, Kernel, TIMEOUT, vmm_path};
+use vesta_tests::vmm::VmmBuilder;
 
-/// The tuned kernel is not relocated when it starts, and has symbols.
+/// The tuned kernel has symbols, and runs where it was linked.
 #[test]
-fn gdb_debugs_a_linux_kernel_from_its_entry_to_its_end() -> Result<()> {
-    let (mut vmm, mut api) = vmm_with_api(&[])?;
+fn gdb_steps_interrupts_and_reads_a_linux_kernel() -> Result<()> {
     let kernel = Kernel::Tuned;
-    let socket = vmm.dir().join("gdb.sock");
-    let mut guest = Guest::linux(kernel, "echo the guest ends; reboot -f", vmm.dir())?.vcpus(2);
+    let builder = VmmBuilder::new(&vmm_path())?.with_api().with_input();
+    let socket = builder.dir().join("gdb.sock");
+    let script = "echo ready for a line; read line; echo the guest ends; reboot -f";
+    let mut guest = Guest::linux(kernel, script, builder.dir())?.vcpus(2);
     guest.machine = json!({"gdb_socket_path": socket});
-    guest.put(&mut api)?;
-    start(&mut api)?;
+    let mut vmm = builder.with_config(&guest.config())?.spawn()?;
+    vmm.ready_client(TIMEOUT)?;
+    vmm.wait_for_output("the guest waits for a debugger", TIMEOUT)?;
 
     let mut gdb = Gdb::start(Some(&kernel.image()), BOOT_TIMEOUT)?;
     gdb.run(&format!("target remote {}", socket.display()))?;
-    // The kernel has no page tables yet, so this breakpoint needs a debug register.
-    gdb.run("break start_kernel")?;
-    let hit = gdb.run("continue")?;
-    ensure!(hit.contains("hit Breakpoint 1") && hit.contains("start_kernel"), "{hit}");
-    let threads = gdb.run("info threads")?;
-    ensure!(threads.contains("(vCPU 0)") && threads.contains("(vCPU 1)"), "{threads}");
-    let banner = gdb.run("x/s linux_banner")?;
-    ensure!(banner.contains("Linux version 6."), "{banner}");
-    let registers = gdb.run("info registers rip cs gs_base cr3 efer")?;
-    ensure!(registers.contains("<start_kernel>"), "{registers}");
-    let before = gdb.run("print/x $rip")?;
-    let after = gdb.run("stepi")? + &gdb.run("print/x $rip")?;
-    ensure!(!after.contains(before.split('=').next_back().unwrap_or_default().trim()), "{before} {after}");
-    gdb.run("delete")?;
-
-    // From now on the kernel's code is mapped: an instruction in memory, hit on several vCPUs.
-    gdb.run("break rest_init")?;
-    let hit = gdb.run("continue")?;
-    ensure!(hit.contains("hit Breakpoint 2") && hit.contains("rest_init"), "{hit}");
-    let trace = gdb.run("info registers rsp")?;
-    ensure!(trace.contains("0xffffffff"), "{trace}");
-    gdb.run("delete")?;
-
-    gdb.run("watch *(int *)&system_state")?;
-    let changed = gdb.run("continue")?;
-    ensure!(changed.contains("Old value = 0") && changed.contains("New value = 1"), "{changed}");
-    gdb.run("delete")?;
-
-    // The second vCPU starts from here.
-    gdb.run("break start_secondary")?;
-    let hit = gdb.run("continue")?;
-    ensure!(hit.contains("Thread 2 hit") || hit.contains("Thread 1.2 hit"), "{hit}");
-    gdb.run("delete")?;
+    let entry = gdb.run("print/x $rip")?;
+    ensure!(gdb.run("stepi")?.contains("0x"), "it does not step");
+    let next = gdb.run("print/x $rip")?;
+    let address = |printed: &str| printed.split('=').next_back().map(|value| value.trim().to_owned());
+    ensure!(address(&entry) != address(&next), "{entry} {next}");
 
     gdb.begin("continue")?;
+    vmm.wait_for_output("ready for a line", BOOT_TIMEOUT)?;
     let interrupted = gdb.interrupt()?;
     ensure!(interrupted.contains("SIGINT"), "{interrupted}");
-    gdb.run("detach")?;
+    for vcpu in 0..2 {
+        gdb.run(&format!("thread {}", vcpu + 1))?;
+        let registers = gdb.run("info registers rip cr0 cr3 efer")?;
+        ensure!(registers.contains("cr0            0x8005003"), "vCPU {vcpu}: {registers}");
+        // By the page tables of either, also if it is in a process.
+        let banner = gdb.run("x/s (char *)&linux_banner")?;
+        ensure!(banner.contains("Linux version 6."), "vCPU {vcpu}: {banner}");
+    }
+
+    let threads = gdb.run("info threads")?;
+    ensure!(threads.contains("(vCPU 0)") && threads.contains("(vCPU 1)"), "{threads}");
+    ensure!(gdb.run("detach")?.contains("detached"), "it is attached");
+    vmm.type_in(b"end\n")?;
     vmm.wait_for_output("the guest ends", BOOT_TIMEOUT)?;
     assert_eq!(vmm.exit_code(BOOT_TIMEOUT)?, 0);
     Ok(())

@@ -109,7 +109,7 @@ fn last_template_is_shown_and_malformed_ones_change_nothing() -> Result<()> {
             r#"{"cpuid_modifiers":[{"leaf":"0x1","subleaf":"0x0","flags":8,"modifiers":[]}]}"#,
             "flags is 8; it must be between 0 and 7",
         ),
-        ("[]", "cannot be read"),
+        ("null", "cannot be read"),
         ("", "needs a JSON body"),
     ] {
         let refused = api.request("PUT", "/cpu-config", Some(body))?;

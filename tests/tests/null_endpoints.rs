@@ -88,6 +88,31 @@ fn refused_request_with_a_deprecated_field_says_so() -> Result<()> {
 }
 
 #[test]
+fn values_out_of_bounds_are_refused_with_the_bound() -> Result<()> {
+    let (_vmm, mut api) = configured()?;
+    let before = api.get("/vm/config")?.json()?;
+    let bucket = json!({"size": 1, "refill_time": u64::MAX});
+    for (path, body, bound) in [
+        ("/machine-config", json!({"vcpu_count": 129, "mem_size_mib": 128}), "between 1 and 128"),
+        ("/machine-config", json!({"vcpu_count": 1, "mem_size_mib": 1_048_577}), "between 1 and 1048576"),
+        ("/boot-source", json!({"kernel_image_path": "k", "boot_args": "x".repeat(2048)}), "2048"),
+        ("/serial", json!({"rate_limiter": bucket}), "refill_time"),
+        ("/entropy", json!({"rate_limiter": {"ops": bucket}}), "refill_time"),
+        ("/vsock", json!({"guest_cid": 3, "uds_path": "x".repeat(108)}), "1 to 107"),
+        ("/network-interfaces/e", json!({"iface_id": "e", "host_dev_name": "t", "mtu": 67}), "between 68"),
+        (
+            "/mmds/config",
+            json!({"network_interfaces": ["e"], "ipv4_address": "10.0.0.1"}),
+            "between 169.254.1.0 and 169.254.254.255",
+        ),
+    ] {
+        all_refused(&mut api, &[("PUT", path, body)], bound)?;
+    }
+    assert_eq!(api.get("/vm/config")?.json()?, before);
+    Ok(())
+}
+
+#[test]
 fn path_of_a_missing_drive_file_comes_last() -> Result<()> {
     let (vmm, mut api) = configured()?;
     let missing = vmm.dir().join("no-such-disk");

@@ -1,6 +1,6 @@
 //! Debugging guests of a few instructions, by gdb and by packets of its protocol.
 //!
-//! A software KVM (PVM) has no watch points, so these are tested with a Linux guest (`gdb`).
+//! A software KVM (PVM) has breakpoints and single steps, but no watch points.
 
 use std::path::PathBuf;
 
@@ -71,7 +71,7 @@ fn gdb_breaks_steps_interrupts_and_detaches() -> Result<()> {
     }
     // The breakpoint is not in what gdb reads.
     let code = gdb.run(&format!("x/2xb {CHECK:#x}"))?;
-    ensure!(code.contains("0x83\t0x3d"), "{code}");
+    ensure!(code.contains("0x83\t0x3c"), "{code}");
     gdb.run("stepi")?;
     let stepped = gdb.run("stepi")?;
     ensure!(stepped.contains(&format!("{LOOP:#018x}")), "{stepped}");
@@ -88,6 +88,13 @@ fn gdb_breaks_steps_interrupts_and_detaches() -> Result<()> {
     gdb.run("stepi")?;
     let memory = gdb.run(&format!("x/dw {COUNT:#x}"))?;
     ensure!(memory.trim().ends_with(":\t1000"), "{memory}");
+    gdb.run("delete")?;
+
+    // By single steps, because a software KVM has no watch points.
+    gdb.run("set can-use-hw-watchpoints 0")?;
+    gdb.run(&format!("watch *(int *){COUNT:#x}"))?;
+    let changed = gdb.run("continue")?;
+    ensure!(changed.contains("Old value = 1000") && changed.contains("New value = 1001"), "{changed}");
     gdb.run("delete")?;
 
     gdb.begin("continue")?;
@@ -154,7 +161,7 @@ fn snapshots_and_forks_wait_for_the_debugger_to_detach() -> Result<()> {
     vmm.wait_for_output("the debugger detached", TIMEOUT)?;
     api.put("/snapshot/create", &snapshot)?.ok()?;
     let memory = std::fs::read(path("memory"))?;
-    assert_eq!(memory[CHECK as usize..][..2], [0x83, 0x3d], "the breakpoint is in the snapshot");
+    assert_eq!(memory[CHECK as usize..][..2], [0x83, 0x3c], "the breakpoint is in the snapshot");
     // The restored microVM has no debugger, and runs.
     let (_restored, mut api) = vmm_with_api(&[])?;
     let load = json!({"snapshot_path": path("state"), "mem_backend":
@@ -201,7 +208,7 @@ fn breakpoint_of_a_debugger_that_died_is_gone() -> Result<()> {
     drop(first);
     vmm.wait_for_output("the debugger is gone", TIMEOUT)?;
     let mut second = connect(&socket)?;
-    assert_eq!(second.ask(&format!("m{CHECK:x},2"))?, "833d");
+    assert_eq!(second.ask(&format!("m{CHECK:x},2"))?, "833c");
     let before = count(&mut second)?;
     second.send("vCont;c")?;
     second.send_raw(b"\x03")?;
@@ -212,13 +219,51 @@ fn breakpoint_of_a_debugger_that_died_is_gone() -> Result<()> {
 
 #[test]
 fn int3_of_the_guest_is_no_breakpoint() -> Result<()> {
-    let (_vmm, _api, socket) = waiting(1)?;
+    let (vmm, _api, socket) = waiting(1)?;
     let mut client = connect(&socket)?;
     // The guest's own instruction, at another address than the breakpoint.
     assert_eq!(client.ask(&format!("M{LOAD_ADDRESS:x},1:cc"))?, "OK");
     assert_eq!(client.ask(&format!("Z0,{CHECK:x},1"))?, "OK");
     // Without a table of interrupts, the exception that it raises is a triple fault.
     assert_eq!(client.ask("vCont;c")?, "W00");
+    vmm.wait_for_output("triple fault", TIMEOUT)?;
+    Ok(())
+}
+
+/// The second GiB of a guest that is entered in 64-bit mode, once it leads to the first.
+const ALIAS: u64 = 1 << 30;
+
+#[test]
+fn address_that_is_not_mapped_and_alias_of_a_patched_byte() -> Result<()> {
+    let (mut vmm, mut api, socket) = configured(1)?;
+    let mut kernel = counting_guest();
+    kernel.pvh_entry = None;
+    std::fs::write(vmm.dir().join("kernel"), kernel.bytes())?;
+    start(&mut api)?;
+    let mut client = connect(&socket)?;
+    let alias = |address: u32| ALIAS + u64::from(address);
+    ensure!(client.ask(&format!("m{:x},1", alias(CHECK)))?.starts_with('E'), "it is mapped");
+    // Before the address is mapped, the breakpoint has a debug register.
+    assert_eq!(client.ask(&format!("Z0,{:x},1", alias(CHECK)))?, "OK");
+    let table = client.ask("ma000,8")?;
+    assert_eq!(client.ask(&format!("Ma008,8:{table}"))?, "OK");
+    assert_eq!(client.ask(&format!("m{:x},2", alias(CHECK)))?, "833c");
+    client.set_pc(alias(LOAD_ADDRESS))?;
+    let hit = client.ask("vCont;c")?;
+    ensure!(hit.starts_with("T05") && hit.contains("hwbreak"), "{hit}");
+    assert_eq!(count(&mut client)?, 1);
+    assert_eq!(client.ask(&format!("z0,{:x},1", alias(CHECK)))?, "OK");
+
+    // The byte is patched for its other address. The guest runs over it, here and in the loop.
+    assert_eq!(client.ask(&format!("Z0,{CHECK:x},1"))?, "OK");
+    client.send("vCont;c")?;
+    client.send_raw(b"\x03")?;
+    ensure!(client.receive()?.starts_with("T02"), "it runs until it is interrupted");
+    assert_eq!(client.ask(&format!("m{CHECK:x},2"))?, "833c");
+    end_guest(&mut client)?;
+    assert_eq!(client.ask("vCont;c")?, "W00");
+    vmm.wait_for_output("the guest reset itself", TIMEOUT)?;
+    assert_eq!(vmm.exit_code(TIMEOUT)?, 0);
     Ok(())
 }
 
@@ -239,20 +284,30 @@ fn one_debugger_is_served_and_others_are_turned_away() -> Result<()> {
 #[test]
 fn malformed_packets_end_a_session_and_not_the_guest() -> Result<()> {
     let (mut vmm, mut api, socket) = waiting(1)?;
-    let mut long = b"$m".to_vec();
-    long.resize(1 << 16, b'1');
-    for bytes in [
-        &b"\x80\xff\0garbage$#00"[..],
-        b"$Z0,zz,1#ff-",
-        b"$vCont;s:p1.ffffffffffffffff;c#18",
-        b"$m0,ffffffffffffffff#36",
-        b"$Mffffffffffffffff,4:00000000#2d",
-        &long,
+    for bytes in [&b"\x80\xff\0garbage$#00"[..], b"$m0,4#00", &[b'$'; 1 << 16]] {
+        let mut client = connect(&socket)?;
+        // The monitor may close the connection before it has all.
+        let _ = client.send_raw(bytes);
+        client.close()?;
+    }
+    for packet in [
+        "Z0,zz,1",
+        "Z9,0,1",
+        "Z2,ffffffffffffffff,ffffffffffffffff",
+        "vCont;s:p1.ffffffffffffffff;c",
+        "vCont;t",
+        "m0,ffffffffffffffff",
+        "m100000,100000",
+        "Mffffffffffffffff,4:00000000",
+        "G00",
+        "Hgp1.0",
+        "qXfer:features:read:target.xml:ffffffffffffffff,ffff",
+        "!",
     ] {
         let mut client = connect(&socket)?;
-        client.send_raw(bytes)?;
-        drop(client);
-        assert_eq!(api.get("/")?.json()?["state"], "Running");
+        client.send(packet)?;
+        client.close()?;
+        assert_eq!(api.get("/")?.json()?["state"], "Running", "{packet}");
     }
     let mut client = connect(&socket)?;
     end_guest(&mut client)?;

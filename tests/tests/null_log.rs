@@ -122,9 +122,15 @@ fn the_first_line_is_logged_once_and_filtered_as_others() -> Result<()> {
 #[test]
 fn a_guest_that_causes_lines_is_limited() -> Result<()> {
     let output = run(&timer_flood_guest(50), &["--boot-timer"])?;
-    ensure!(output.matches("] Guest-boot-time = ").count() == 10, "{output}");
-    ensure!(output.matches("] more lines like the last one from this place are suppressed").count() == 1);
-    ensure!(output.contains("] 40 lines from crates/machine/src/legacy/boot_timer.rs:"), "{output}");
+    let written = output.matches("] Guest-boot-time = ").count();
+    // More than 10 only if the host stopped the guest for 5 s in between.
+    ensure!((10..50).contains(&written), "{output}");
+    ensure!(output.contains("] more lines like the last one from this place are suppressed\n"), "{output}");
+    let counts = output.lines().filter_map(|line| {
+        let (before, _) = line.split_once(" lines from crates/machine/src/legacy/boot_timer.rs:")?;
+        before.rsplit_once("] ")?.1.parse::<usize>().ok()
+    });
+    ensure!(written + counts.sum::<usize>() == 50, "{output}");
     Ok(())
 }
 

@@ -13,7 +13,7 @@ use serde_json::{Value, json};
 use vesta_tests::api::ApiClient;
 use vesta_tests::counting::{counting_in, unconfigured, wait_for_bytes};
 use vesta_tests::disks::{disk, drive};
-use vesta_tests::elf::{Elf, reset_guest, serial_guest};
+use vesta_tests::elf::{Elf, reset_guest, serial_guest, unemulatable_guest};
 use vesta_tests::guest::{Guest, TIMEOUT, Transport, start, vmm_path, vmm_with_api};
 use vesta_tests::minimal_driver;
 use vesta_tests::process::Orphans;
@@ -76,10 +76,10 @@ fn flush(api: &mut ApiClient) -> Result<()> {
     api.put("/actions", &json!({"action_type": "FlushMetrics"}))?.ok().map(drop)
 }
 
-/// A sample of Prometheus text.
-fn sample(text: &str, name: &str) -> Result<f64> {
-    let line = text.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(' '));
-    line.with_context(|| format!("{name} in {text}"))?.parse().context("a number")
+/// The value of a sample of Prometheus text.
+fn sample<'a>(text: &'a str, name: &str) -> Result<&'a str> {
+    let value = text.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(' '));
+    value.with_context(|| format!("{name} in {text}"))
 }
 
 /// A guest that reads its drive `d` again and again, and sends a byte after each read.
@@ -208,10 +208,10 @@ fn counters_are_those_of_what_happened() -> Result<()> {
         let response = api.get("/metrics")?.ok()?;
         ensure!(response.header("content-type") == Some("text/plain; version=0.0.4"));
         let text = response.body;
-        ensure!(sample(&text, "vesta_block_read_total{drive=\"d\"}")? == reads as f64);
-        ensure!(sample(&text, "vesta_block_read_bytes_total{drive=\"d\"}")? == (reads * 512) as f64);
-        ensure!(sample(&text, "vesta_uart_write_total")? == written as f64);
-        ensure!(sample(&text, "vesta_put_api_requests_drive_fails_total")? == 1.0);
+        ensure!(sample(&text, "vesta_block_read_total{drive=\"d\"}")? == reads.to_string());
+        ensure!(sample(&text, "vesta_block_read_bytes_total{drive=\"d\"}")? == (reads * 512).to_string());
+        ensure!(sample(&text, "vesta_uart_write_total")? == written.to_string());
+        ensure!(sample(&text, "vesta_put_api_requests_drive_fails_total")? == "1");
         ensure!(text.contains("vesta_info{id=\"anonymous-instance\",state=\"Paused\",version="), "{text}");
     }
     Ok(())
@@ -237,7 +237,7 @@ fn output_is_set_once_before_the_start() -> Result<()> {
     ensure!(!second.exists());
     // Without an output there is nothing to flush, and Prometheus text all the same.
     flush(&mut api)?;
-    ensure!(sample(&api.get("/metrics")?.ok()?.body, "vesta_put_api_requests_metrics_fails_total")? == 1.0);
+    ensure!(sample(&api.get("/metrics")?.ok()?.body, "vesta_put_api_requests_metrics_fails_total")? == "1");
     Ok(())
 }
 
@@ -385,8 +385,8 @@ fn full_disk_loses_lines_and_harms_nothing() -> Result<()> {
     ensure!(refused.fault().contains("not written to /dev/full: No space left"), "{refused:?}");
     wait_for_bytes(&serial, 10)?;
     let text = api.get("/metrics")?.ok()?.body;
-    ensure!(sample(&text, "vesta_logger_missed_metrics_total")? == 2.0, "at the start and on request");
-    ensure!(sample(&text, "vesta_logger_metrics_fails_total")? == 2.0);
+    ensure!(sample(&text, "vesta_logger_missed_metrics_total")? == "2", "at the start and on request");
+    ensure!(sample(&text, "vesta_logger_metrics_fails_total")? == "2");
     vmm.signal(Signal::TERM)?;
     vmm.exit_status(TIMEOUT)?;
     ensure!(vmm.stdout.text().contains("metrics: the line was not written to /dev/full"));
@@ -425,9 +425,9 @@ fn child_of_a_fork_counts_from_zero_into_its_own_file() -> Result<()> {
     flush(&mut api)?;
     ensure!(lines(&path)?.len() == 2);
     let text = api.get("/metrics")?.ok()?.body;
-    ensure!(sample(&text, "vesta_fork_total")? == 1.0);
-    ensure!(sample(&text, "vesta_fork_children_started_total")? == 2.0);
-    ensure!(sample(&text, "vesta_fork_pause_duration_max_seconds")? > 0.0);
+    ensure!(sample(&text, "vesta_fork_total")? == "1");
+    ensure!(sample(&text, "vesta_fork_children_started_total")? == "2");
+    ensure!(sample(&text, "vesta_fork_pause_duration_max_seconds")?.parse::<f64>()? > 0.0);
     Ok(())
 }
 
@@ -438,7 +438,7 @@ fn no_snapshot_has_the_output_and_a_load_keeps_it() -> Result<()> {
     let (vmm, mut api, _serial) = counting_in(builder.arg("--metrics-path").arg(&saved))?;
     let files = Files::new(vmm.dir(), "saved");
     save_live(&mut api, &files.create("Full"))?;
-    ensure!(sample(&api.get("/metrics")?.ok()?.body, "vesta_live_snapshot_total")? == 1.0);
+    ensure!(sample(&api.get("/metrics")?.ok()?.body, "vesta_live_snapshot_total")? == "1");
     drop(api);
     let before = fs::read(&saved)?;
 
@@ -461,10 +461,15 @@ fn no_snapshot_has_the_output_and_a_load_keeps_it() -> Result<()> {
 }
 
 #[test]
-fn guest_that_resets_at_once_loses_no_count() -> Result<()> {
+fn guest_that_ends_at_once_loses_no_count() -> Result<()> {
     let (mut vmm, path) = from_file(&reset_guest(), |dir| Ok(dir.join("metrics")))?;
     ensure!(vmm.exit_code(TIMEOUT)? == 0);
     let printed = lines(&path)?;
     ensure!(total(&printed, "i8042", "reset_count")? == 1 && total(&printed, "i8042", "write_count")? == 1);
+    ensure!(total(&printed, "vcpu", "failures")? == 0);
+
+    let (mut vmm, path) = from_file(&unemulatable_guest().0, |dir| Ok(dir.join("metrics")))?;
+    ensure!(vmm.exit_code(TIMEOUT)? == 1);
+    ensure!(total(&lines(&path)?, "vcpu", "failures")? == 1, "KVM cannot run that guest");
     Ok(())
 }

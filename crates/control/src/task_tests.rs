@@ -243,3 +243,23 @@ fn task_with_paths_shows_progress_and_can_be_cancelled() {
 fn panic_of_a_task_is_one_of_the_main_thread() {
     let _ = Monitor::new().run(None, |_| panic!("a bug"));
 }
+
+#[test]
+fn metrics_are_written_while_a_task_waits() {
+    struct Ticking(Sender<()>);
+    impl Questions for Ticking {
+        fn tick(&self) -> Option<Duration> {
+            // The task has ended after the last tick that it waited for.
+            let _ = self.0.send(());
+            Some(Duration::from_millis(1))
+        }
+
+        fn answer(&self, _: &Command) -> Option<Result<Reply, CommandError>> {
+            None
+        }
+    }
+    let (sender, ticks) = channel();
+    let mut monitor = Monitor::new();
+    let ticked = monitor.tasks.run(&Ticking(sender), None, move |_| ticks.iter().take(3).count());
+    assert_eq!(ticked.unwrap(), 3);
+}

@@ -49,7 +49,8 @@ impl HeadParser {
     /// Returns the head at the start of `input`, or `None` until it is complete.
     ///
     /// After `None` the next call must pass the same bytes and more. After a head or an error, the
-    /// next call is for the next request. The headers are stored in `headers`; its length is their limit.
+    /// next call is for the next request. The headers are stored in `headers`; its length is their
+    /// limit.
     pub fn parse<'a>(
         &mut self,
         input: &'a [u8],

@@ -52,10 +52,12 @@ pub(crate) fn serve<H: Host>(
 ) -> io::Result<Ended> {
     note_running(controller, readiness);
     let ended = loop {
-        wait(controller, events, signals)?;
-        let ended = events.take();
-        // After the event: what the guest did before it is known now.
-        controller.publish_notices(events.take_notices());
+        let mut ended = None;
+        if wait(controller, events, signals)? {
+            ended = events.take();
+            // After the event: what the guest did before it is known now.
+            controller.publish_notices(events.take_notices());
+        }
         if let Some(signal) = signals.arrived() {
             break Ended::Signal(signal);
         }
@@ -89,14 +91,15 @@ fn note_running<H: Host>(controller: &Controller<H>, readiness: &mut Readiness) 
 }
 
 /// Waits until there is a request, an event, a notice, a signal, progress of a live snapshot or a
-/// line of metrics to write.
-fn wait<H: Host>(controller: &Controller<H>, events: &EventSource, signals: &Signals) -> io::Result<()> {
+/// line of metrics to write. Returns whether there may be an event or a notice.
+fn wait<H: Host>(controller: &Controller<H>, events: &EventSource, signals: &Signals) -> io::Result<bool> {
     let mut fds = vec![PollFd::new(events, PollFlags::IN), PollFd::new(signals, PollFlags::IN)];
     fds.extend(controller.requests().map(|r| PollFd::from_borrowed_fd(r.as_fd(), PollFlags::IN)));
     fds.extend(controller.snapshot_job_fd().map(|fd| PollFd::from_borrowed_fd(fd, PollFlags::IN)));
     let limit = controller.tick().map(|limit| Timespec::try_from(limit).expect("a few minutes fit"));
     match poll(&mut fds, limit.as_ref()) {
-        Ok(_) | Err(rustix::io::Errno::INTR) => Ok(()),
+        Ok(_) => Ok(!fds[0].revents().is_empty()),
+        Err(rustix::io::Errno::INTR) => Ok(false),
         Err(e) => Err(e.into()),
     }
 }

@@ -5,8 +5,8 @@
 //! - [`args`], [`restore`] and [`flags`]: the command line. [`personality`]: under the name
 //!   `firecracker` the program answers as Firecracker does.
 //! - [`event_loop`]: the main thread's loop, which gives commands to the controller.
-//! - [`signals`], [`fatal`], [`line`], [`alt_stack`], [`crash_report`], [`run_error`], [`exit`]: how
-//!   the process ends.
+//! - [`signals`], [`fatal`], [`line`], [`alt_stack`], [`crash_report`], [`run_error`], [`exit`]:
+//!   how the process ends.
 //! - [`host`]: this process, as the controller sees it. [`process`], [`child`], [`writer`]: forked
 //!   processes.
 //! - [`counts`], [`last_line`]: metrics of the process, and at its end.

@@ -38,9 +38,14 @@ pub(crate) struct Signals(&'static EventFd);
 impl Signals {
     /// The signal that arrived, if one did.
     pub(crate) fn arrived(&self) -> Option<i32> {
-        // In this order: a handler stores its signal before it signals the eventfd.
+        // A handler stores its signal before it signals the eventfd, which therefore has nothing to
+        // take as long as no signal is stored.
+        let signal = ARRIVED.load(Ordering::Acquire);
+        if signal == 0 {
+            return None;
+        }
         self.0.take();
-        Some(ARRIVED.load(Ordering::Acquire)).filter(|signal| *signal != 0)
+        Some(signal)
     }
 }
 
@@ -256,6 +261,20 @@ mod tests {
         }
         let ended = subprocess::again_as_init("signals::tests::pending_signal_ends_a_writer_that_is_init");
         assert_eq!(ended.status.code(), Some(128 + libc::SIGTERM), "{ended:?}");
+    }
+
+    #[test]
+    fn write_to_a_closed_pipe_fails_and_is_counted() {
+        if subprocess::is_one() {
+            survive_sigpipe();
+            let (reader, writer) = std::io::pipe().unwrap();
+            drop(reader);
+            let written = rustix::io::write(&writer, b"x");
+            let ok = written == Err(rustix::io::Errno::PIPE) && counts::read().signals.sigpipe == 1;
+            std::process::exit(if ok { 7 } else { 8 });
+        }
+        let ended = subprocess::again("signals::tests::write_to_a_closed_pipe_fails_and_is_counted");
+        assert_eq!(ended.status.code(), Some(7), "{ended:?}");
     }
 
     #[test]

@@ -85,8 +85,8 @@ struct Linger {
 /// When to call [`Connection::advance`] again.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Next {
-    /// When the socket is ready for these events. If there are none, when the main thread has
-    /// answered.
+    /// When the socket is ready for these events, for which it was not ready just now. If there are
+    /// none, when the main thread has answered.
     When(EventFlags),
     /// Soon, after the other connections.
     Again,

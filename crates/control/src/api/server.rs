@@ -50,7 +50,7 @@ pub(super) struct Server {
 
 struct Slot {
     connection: Connection,
-    /// The events that epoll watches it for. If there are none, it is not in the epoll.
+    /// The events that epoll watches it for: none until it is opened.
     watched: EventFlags,
     /// Whether the connection is advanced again without an event.
     again: bool,
@@ -239,18 +239,24 @@ impl Server {
     }
 }
 
-/// Sets the events that epoll watches a connection for. With no events it is removed: a client that
-/// hung up would otherwise be reported again and again while its command is with the main thread.
+/// Has epoll watch a connection for `flags` too.
+///
+/// It stays watched for what it was before, so that a request costs no call here. That is
+/// edge-triggered: each change of the socket is reported once, whether or not the connection waits
+/// for it. A client that hangs up while its command is with the main thread is therefore not
+/// reported again and again.
 fn watch(epoll: &OwnedFd, number: usize, slot: &mut Slot, flags: EventFlags) -> Result<(), Errno> {
+    let watched = slot.watched | flags;
+    if watched == slot.watched {
+        return Ok(());
+    }
     let socket = slot.connection.as_fd();
     let data = EventData::new_u64(number as u64);
-    match (slot.watched.is_empty(), flags.is_empty()) {
-        (true, true) => (),
-        (true, false) => epoll::add(epoll, socket, data, flags)?,
-        (false, true) => epoll::delete(epoll, socket)?,
-        (false, false) if flags == slot.watched => (),
-        (false, false) => epoll::modify(epoll, socket, data, flags)?,
+    if slot.watched.is_empty() {
+        epoll::add(epoll, socket, data, watched | EventFlags::ET)?;
+    } else {
+        epoll::modify(epoll, socket, data, watched | EventFlags::ET)?;
     }
-    slot.watched = flags;
+    slot.watched = watched;
     Ok(())
 }

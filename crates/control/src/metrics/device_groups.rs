@@ -314,3 +314,78 @@ pub(super) fn own(devices: &DevicesStats) -> Vec<Group> {
     let drives = devices.drives.iter().map(drive);
     drives.chain(devices.networks.iter().map(network)).chain(devices.vsock.iter().map(vsock)).collect()
 }
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Arc;
+
+    use super::super::deltas::{Deltas, LineValue};
+    use super::super::report::Report;
+    use super::*;
+
+    fn device<S: Default>(id: &str) -> DeviceStats<S> {
+        DeviceStats { id: id.to_owned(), stats: Arc::default(), transport: Arc::default() }
+    }
+
+    /// The number of a counter in a line of these groups.
+    fn number(groups: Vec<Group>, key: &str, field: &str) -> u64 {
+        let line = Deltas::default().next(&Report { groups });
+        let group = line.iter().find(|group| group.key == key).unwrap();
+        match group.fields.iter().find(|(name, _)| *name == field).unwrap().1 {
+            LineValue::Number(number) => number,
+            LineValue::Micros { sum, .. } => sum,
+        }
+    }
+
+    #[test]
+    fn each_network_has_a_group_and_all_have_a_sum() {
+        let networks = [device::<NetStats>("eth0"), device("eth1")];
+        networks[0].stats.tx_packets_count.add(3);
+        networks[1].stats.tx_packets_count.add(4);
+        networks[1].stats.tx_malformed_frames.add(1);
+        networks[1].stats.tap_write_fails.add(2);
+        networks[1].stats.tap_write_latency.record_many(8_000, 4);
+        networks[1].transport.device_errors.add(1);
+        for (key, field, expected) in [
+            ("net_eth0", "tx_packets_count", 3),
+            ("net_eth1", "tx_count", 4),
+            ("net", "tx_packets_count", 7),
+            ("net_eth1", "tx_fails", 3),
+            ("net", "event_fails", 1),
+            ("net_eth1", "tap_write_agg", 8),
+            ("net", "tap_write_agg", 8),
+        ] {
+            assert_eq!(number(net(&networks), key, field), expected, "{key}.{field}");
+        }
+    }
+
+    #[test]
+    fn interrupts_are_those_of_all_devices() {
+        let devices = DevicesStats {
+            drives: vec![device("a"), device("b")],
+            networks: vec![device("c")],
+            entropy: Some(device("")),
+            vsock: Some(device("")),
+            metadata: None,
+        };
+        for transport in devices.transports() {
+            transport.interrupts.add(2);
+            transport.vector_updates.add(1);
+        }
+        assert_eq!(number(vec![interrupts(Some(&devices))], "interrupts", "triggers"), 10);
+        assert_eq!(number(vec![interrupts(Some(&devices))], "interrupts", "config_updates"), 5);
+        assert_eq!(number(vec![interrupts(None)], "interrupts", "triggers"), 0);
+    }
+
+    #[test]
+    fn counters_of_single_devices_have_their_names() {
+        let (socket, random) = (device::<vsock::VsockStats>(""), device::<entropy::EntropyStats>(""));
+        socket.stats.conns_killed.add(5);
+        random.stats.host_rng_fails.add(6);
+        assert_eq!(number(vec![vsock(Some(&socket))], "vsock", "conns_killed"), 5);
+        assert_eq!(number(vec![entropy(Some(&random))], "entropy", "host_rng_fails"), 6);
+        let service = mmds::stats::Stats::default();
+        service.rx_no_token.add(7);
+        assert_eq!(number(vec![super::mmds(Some(&service))], "mmds", "rx_no_token"), 7);
+    }
+}

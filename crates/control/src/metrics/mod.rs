@@ -4,7 +4,7 @@
 //!  counters of devices, vCPUs, API, process, operations      each owned by its part
 //!       |  sources          reads them into a Report; device_groups, requests, operations, process
 //!       v                   say which has which name
-//!    report ---- deltas --> line --> sink        lines: what changed since the last line
+//!    report ---- deltas --> line --> sink        lines, by the recorder: what changed since the last
 //!       |
 //!       '------- prometheus                      GET /metrics: totals
 //! ```
@@ -33,26 +33,27 @@
 
 mod deltas;
 mod device_groups;
+mod error;
+mod last_line;
 mod line;
 mod operations;
 mod process;
 mod prometheus;
+mod recorder;
 mod report;
 mod requests;
 mod sink;
 mod sources;
 
-use std::path::PathBuf;
-use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, TryLockError};
-use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+use std::sync::{Arc, Mutex, MutexGuard};
+use std::time::{Duration, Instant};
 
 use machine::MachineStats;
 use machine::legacy::Output;
 use sync::locked;
 
-use deltas::Deltas;
-use line::LineHead;
+pub use error::MetricsError;
+pub use last_line::LastLine;
 pub(crate) use operations::{Operation, OperationStats};
 pub use process::{ProcessCounts, SignalCounts};
 pub(crate) use prometheus::CONTENT_TYPE;
@@ -60,67 +61,17 @@ pub(crate) use report::{Group, Of, Value};
 pub(crate) use requests::{ApiStats, CountedRequest};
 pub use sources::StartupTimes;
 
+use line::LineHead;
+use recorder::{INTERVAL, Recorder, Writer};
 use report::Report;
-use sink::{LineError, Sink};
-use sources::{LineCounts, Sources};
-
-/// How often a line is written.
-pub(crate) const INTERVAL: Duration = Duration::from_mins(1);
-
-/// How long the rest of a line that was written in part waits until it is tried again.
-const RETRY_INTERVAL: Duration = Duration::from_secs(1);
-
-/// Why metrics cannot be configured, or a line was not written.
-#[derive(Debug, thiserror::Error)]
-pub enum MetricsError {
-    /// The output is set already.
-    #[error("metrics: the output is {} already; it can be set once", path.display())]
-    AlreadySet {
-        /// The output.
-        path: PathBuf,
-    },
-    /// The output cannot be opened.
-    #[error("metrics: cannot open the output {}: {source}", path.display())]
-    Open {
-        /// The output.
-        path: PathBuf,
-        /// The kernel's reason.
-        source: std::io::Error,
-    },
-    /// The line that a command asked for is lost. The next one has its counters.
-    #[error("metrics: the line was not written to {}: {reason}", path.display())]
-    Lost {
-        /// The output.
-        path: PathBuf,
-        /// Why.
-        reason: String,
-    },
-}
+use sink::Sink;
+use sources::Sources;
 
 /// The metrics of a microVM. Clones are handles of the same.
 #[derive(Debug, Clone)]
 pub(crate) struct Metrics {
     recorder: Arc<Mutex<Recorder>>,
     operations: Arc<OperationStats>,
-}
-
-#[derive(Debug)]
-struct Recorder {
-    sources: Sources,
-    /// `None` until the output is configured.
-    writer: Option<Writer>,
-}
-
-/// Writes lines.
-#[derive(Debug)]
-struct Writer {
-    config: config::Metrics,
-    head: LineHead,
-    sink: Sink,
-    deltas: Deltas,
-    lost: LineCounts,
-    /// When the next line is due; `None` before the guest starts.
-    due: Option<Instant>,
 }
 
 impl Metrics {
@@ -168,10 +119,9 @@ impl Metrics {
         let failed = |source| MetricsError::Open { path: path.clone(), source };
         let sink = Sink::new(Output::open(path).map_err(failed)?);
         let head = LineHead::new(config.emit_id.then_some(id), &config.properties);
-        let last = LastLine::new(self, &sink, &head).map_err(failed)?;
+        let last = LastLine::new(&self.recorder, &sink, &head).map_err(failed)?;
         let due = recorder.sources.machine.is_some().then(|| Instant::now() + INTERVAL);
-        let (deltas, lost) = (Deltas::default(), LineCounts::default());
-        recorder.writer = Some(Writer { config: config.clone(), head, sink, deltas, lost, due });
+        recorder.writer = Some(Writer::new(config.clone(), head, sink, due));
         Ok(last)
     }
 
@@ -202,19 +152,7 @@ impl Metrics {
 
     /// Writes what is due. Returns how long to wait until the next call; `None` for any time.
     pub(crate) fn tick(&self) -> Option<Duration> {
-        let mut recorder = self.lock();
-        let now = Instant::now();
-        let writer = recorder.writer.as_mut()?;
-        if writer.due.is_some_and(|due| due <= now) {
-            recorder.write_and_schedule();
-        } else if writer.sink.has_rest() {
-            // If some of it is still left, the next call tries again.
-            let _ = writer.sink.write_rest();
-        }
-        let writer = recorder.writer.as_ref()?;
-        let until_due = writer.due.map(|due| due.saturating_duration_since(now));
-        let retry = writer.sink.has_rest().then_some(RETRY_INTERVAL);
-        until_due.into_iter().chain(retry).min()
+        self.lock().tick(Instant::now())
     }
 
     /// The totals of all counters as Prometheus text, with `own` groups besides those known here.
@@ -228,120 +166,6 @@ impl Metrics {
     fn lock(&self) -> MutexGuard<'_, Recorder> {
         // Each change is whole at every step.
         locked(&self.recorder)
-    }
-}
-
-impl Recorder {
-    fn report(&self) -> Report {
-        let lost = self.writer.as_ref().map(|writer| writer.lost).unwrap_or_default();
-        self.sources.report(lost)
-    }
-
-    /// Writes a line, and plans the next one.
-    fn write_and_schedule(&mut self) {
-        if let Err(error) = self.write() {
-            self.log_lost(&error);
-        }
-        if let Some(writer) = &mut self.writer {
-            writer.due = Some(Instant::now() + INTERVAL);
-        }
-    }
-
-    /// Logs that a line was lost, but not for each: a reader that is gone may stay away for days.
-    fn log_lost(&self, error: &MetricsError) {
-        let lost = self.writer.as_ref().map_or(0, |writer| writer.lost.missed);
-        if lost.is_power_of_two() {
-            log::warn!("{error} (lines lost so far: {lost})");
-        }
-    }
-
-    /// Writes a line, if there is an output. Does not log, because a thread that panics may hold
-    /// the log.
-    fn write(&mut self) -> Result<(), MetricsError> {
-        if self.writer.is_none() {
-            return Ok(());
-        }
-        let report = self.report();
-        let Some(writer) = &mut self.writer else { return Ok(()) };
-        let line = line::render(utc_ms(), &writer.head, &writer.deltas.next(&report));
-        match writer.sink.write(line.as_bytes()) {
-            Ok(()) => {
-                writer.deltas.commit(&report);
-                Ok(())
-            }
-            Err(error) => Err(writer.count_lost(&error)),
-        }
-    }
-}
-
-impl Writer {
-    fn count_lost(&mut self, error: &LineError) -> MetricsError {
-        self.lost.missed += 1;
-        self.lost.failed += u64::from(matches!(error, LineError::Write(_)));
-        MetricsError::Lost { path: self.config.metrics_path.clone(), reason: error.to_string() }
-    }
-}
-
-/// The time in milliseconds since 1970.
-fn utc_ms() -> u64 {
-    let since = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
-    u64::try_from(since.as_millis()).unwrap_or(u64::MAX)
-}
-
-/// Writes the last line of a process that a panic or a fatal signal ends.
-#[derive(Debug)]
-pub struct LastLine {
-    metrics: Metrics,
-    output: Output,
-    mid_line: Arc<AtomicBool>,
-    /// The line, for which there is memory already.
-    buffer: Vec<u8>,
-    head: LineHead,
-}
-
-/// Memory for what a caller of [`LastLine::write_short`] adds to the head.
-const SHORT_LINE: usize = 512;
-
-impl LastLine {
-    fn new(metrics: &Metrics, sink: &Sink, head: &LineHead) -> std::io::Result<Self> {
-        let buffer = Vec::with_capacity(head.as_bytes().len() + SHORT_LINE);
-        let head = head.clone();
-        Ok(LastLine {
-            metrics: metrics.clone(),
-            output: sink.output()?,
-            mid_line: sink.mid_line(),
-            buffer,
-            head,
-        })
-    }
-
-    /// Writes a line with all counters, unless another thread is writing one. Returns whether it
-    /// was written. Not for a signal handler.
-    pub fn write(&self) -> bool {
-        let mut recorder = match self.metrics.recorder.try_lock() {
-            Ok(recorder) => recorder,
-            Err(TryLockError::Poisoned(poisoned)) => poisoned.into_inner(),
-            Err(TryLockError::WouldBlock) => return false,
-        };
-        recorder.write().is_ok()
-    }
-
-    /// Writes a line of this time and these groups, which are JSON members without a comma at the
-    /// end, at most 400 bytes. A signal handler may call it: it allocates nothing and takes no
-    /// lock. A longer line, or one that the destination does not take, is lost.
-    pub fn write_short(&mut self, time: &[u8], groups: &[u8]) {
-        let LastLine { output, mid_line, buffer, head, .. } = self;
-        buffer.clear();
-        // A line that was written in part stays so, and is one bad line of its own.
-        let end: &[u8] = if mid_line.load(Ordering::Acquire) { b"\n" } else { b"" };
-        let parts = [end, b"{\"utc_timestamp_ms\":", time, b",", head.as_bytes(), groups, b"}\n"];
-        if parts.iter().map(|part| part.len()).sum::<usize>() > buffer.capacity() {
-            return;
-        }
-        for part in parts {
-            buffer.extend_from_slice(part);
-        }
-        let _ = output.write(buffer);
     }
 }
 

@@ -2,8 +2,8 @@
 //!
 //! The leaves are those that KVM supports on this host, as a CPU template changes them
 //! ([`super::template`]). Changed are then those that depend on the microVM (topology, APIC ID) and
-//! those of features that a guest cannot use (power management, performance counters). Leaves are described in the Intel SDM, volume 2, and the AMD APM, volume
-//! 3.
+//! those of features that a guest cannot use (power management, performance counters). Leaves are
+//! described in the Intel SDM, volume 2, and the AMD APM, volume 3.
 //!
 //! # Features that are shown completely or not at all
 //!

@@ -220,7 +220,7 @@ impl Guest {
     }
 
     /// Sets the registers of a vCPU.
-    pub(super) fn set_registers(&mut self, vcpu: usize, new: CpuRegisters) -> Result<(), DebugError> {
+    pub(super) fn set_registers(&mut self, vcpu: usize, new: &CpuRegisters) -> Result<(), DebugError> {
         self.vcpus.set_registers(vcpu, new)
     }
 

@@ -38,7 +38,8 @@ pub(super) struct Server {
 enum Ended {
     Detached,
     Killed,
-    GuestEnded,
+    /// The guest is at its end.
+    Finished,
     Lost(String),
 }
 
@@ -63,7 +64,7 @@ impl Server {
                 Ended::Lost(why) => log::warn!("gdb socket {}: the debugger is gone: {why}", self.path()),
                 // The guest does not run any more.
                 Ended::Killed => return self.events.post(MachineEvent::Killed),
-                Ended::GuestEnded => return,
+                Ended::Finished => return,
             }
             // In memory that is saved or forked there is no breakpoint.
             if let Err(error) = self.target.guest.leave() {
@@ -133,28 +134,28 @@ impl Server {
     fn converse(&mut self, client: Client) -> Result<Ended, String> {
         self.target.guest.hold().map_err(|e| e.to_string())?;
         let stub = GdbStub::builder(client).build().map_err(|e| e.to_string())?;
-        let mut machine = stub.run_state_machine(&mut self.target).map_err(text)?;
+        let mut machine = stub.run_state_machine(&mut self.target).map_err(|e| text(&e))?;
         loop {
             machine = match machine {
                 GdbStubStateMachine::Idle(mut idle) => {
                     match self.next_byte(idle.borrow_conn())? {
-                        Some(byte) => idle.incoming_data(&mut self.target, byte).map_err(text)?,
+                        Some(byte) => idle.incoming_data(&mut self.target, byte).map_err(|e| text(&e))?,
                         // The debugger does not wait for an answer now.
-                        None if self.state.has_ended() => return Ok(Ended::GuestEnded),
+                        None if self.state.has_ended() => return Ok(Ended::Finished),
                         None => idle.into(),
                     }
                 }
                 GdbStubStateMachine::Running(mut running) => {
                     if let Some(byte) = running.borrow_conn().next() {
-                        running.incoming_data(&mut self.target, byte).map_err(text)?
+                        running.incoming_data(&mut self.target, byte).map_err(|e| text(&e))?
                     } else if let Some(stop) = self.target.guest.next_stop().map_err(|e| e.to_string())? {
-                        running.report_stop(&mut self.target, target::reason(stop)).map_err(text)?
+                        running.report_stop(&mut self.target, target::reason(stop)).map_err(|e| text(&e))?
                     } else {
                         let ready = self.wait(running.borrow_conn(), true)?;
                         if ready.end {
                             // Best effort: the debugger may be gone too.
                             let _ = running.report_stop(&mut self.target, end_reason(self.state.end()));
-                            return Ok(Ended::GuestEnded);
+                            return Ok(Ended::Finished);
                         }
                         if ready.input {
                             running.borrow_conn().receive().map_err(|e| e.to_string())?;
@@ -166,7 +167,7 @@ impl Server {
                     self.target.guest.hold().map_err(|e| e.to_string())?;
                     let tid = target::thread(self.target.guest.current());
                     let reason = MultiThreadStopReason::SignalWithThread { tid, signal: Signal::SIGINT };
-                    interrupted.interrupt_handled(&mut self.target, Some(reason)).map_err(text)?
+                    interrupted.interrupt_handled(&mut self.target, Some(reason)).map_err(|e| text(&e))?
                 }
                 GdbStubStateMachine::Disconnected(mut disconnected) => {
                     if disconnected.get_reason() != DisconnectReason::Kill {
@@ -224,6 +225,6 @@ fn end_reason(end: DebugEnd) -> MultiThreadStopReason<u64> {
     }
 }
 
-fn text(error: GdbStubError<DebugError, io::Error>) -> String {
+fn text(error: &GdbStubError<DebugError, io::Error>) -> String {
     error.to_string()
 }

@@ -120,7 +120,9 @@ impl Patches {
     pub(super) fn write(&mut self, physical: u64, data: &[u8]) -> bool {
         let mut patched = data.to_vec();
         let places: Vec<usize> = self.within(physical, data.len()).map(|(offset, _)| offset).collect();
-        places.iter().for_each(|offset| patched[*offset] = INT3);
+        for offset in &places {
+            patched[*offset] = INT3;
+        }
         if self.ram.populate(physical, data.len() as u64).is_err()
             || self.ram.memory().write_slice(&patched, GuestAddress(physical)).is_err()
         {

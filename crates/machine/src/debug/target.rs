@@ -106,7 +106,7 @@ impl MultiThreadBase for Target {
         if !registers.apply_to(&mut cpu) {
             return Err(TargetError::NonFatal);
         }
-        self.guest.set_registers(vcpu, cpu).map_err(refused)
+        self.guest.set_registers(vcpu, &cpu).map_err(refused)
     }
 
     fn read_addrs(&mut self, start: u64, data: &mut [u8], tid: Tid) -> TargetResult<usize, Self> {

@@ -90,7 +90,9 @@ impl Vcpus {
                 }
                 Ok(_) => return Err(DebugError::OutOfOrder),
                 Err(RecvTimeoutError::Timeout) => {
-                    owing.iter().for_each(|index| self.vcpus[*index].link.signal());
+                    for index in &owing {
+                        self.vcpus[*index].link.signal();
+                    }
                 }
                 Err(RecvTimeoutError::Disconnected) => return Err(died(*first)),
             }
@@ -124,9 +126,9 @@ impl Vcpus {
     }
 
     /// Sets the registers of a held vCPU.
-    pub(super) fn set_registers(&mut self, index: usize, new: CpuRegisters) -> Result<(), DebugError> {
+    pub(super) fn set_registers(&mut self, index: usize, new: &CpuRegisters) -> Result<(), DebugError> {
         self.vcpus[index].registers = None;
-        self.send(index, DebugRequest::Write(Box::new(new)))?;
+        self.send(index, DebugRequest::Write(Box::new(*new)))?;
         match self.report(index)? {
             DebugReport::Written(written) => Ok(written?),
             _ => Err(DebugError::OutOfOrder),

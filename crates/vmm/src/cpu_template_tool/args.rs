@@ -5,8 +5,7 @@ use std::path::PathBuf;
 
 use lexopt::prelude::*;
 
-use super::command::{GuestFiles, Tool};
-use super::fingerprint::Field;
+use super::command::{Field, GuestFiles, Tool};
 use crate::flags::{ArgsError, once, text};
 
 /// What `--help` prints.

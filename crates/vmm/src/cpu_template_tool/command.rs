@@ -2,8 +2,6 @@
 
 use std::path::PathBuf;
 
-use super::fingerprint::Field;
-
 /// A command.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) enum Tool {
@@ -30,4 +28,38 @@ pub(crate) struct GuestFiles {
     pub(crate) config: Option<PathBuf>,
     /// Its CPU template, in place of the configuration file's.
     pub(crate) template: Option<PathBuf>,
+}
+
+/// A field of a fingerprint.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Field {
+    FirecrackerVersion,
+    KernelVersion,
+    MicrocodeVersion,
+    BiosVersion,
+    BiosRevision,
+    GuestCpuConfig,
+}
+
+impl Field {
+    pub(super) const ALL: [Field; 6] = [
+        Field::FirecrackerVersion,
+        Field::KernelVersion,
+        Field::MicrocodeVersion,
+        Field::BiosVersion,
+        Field::BiosRevision,
+        Field::GuestCpuConfig,
+    ];
+
+    /// Its key in the file.
+    pub(super) fn name(self) -> &'static str {
+        match self {
+            Field::FirecrackerVersion => "firecracker_version",
+            Field::KernelVersion => "kernel_version",
+            Field::MicrocodeVersion => "microcode_version",
+            Field::BiosVersion => "bios_version",
+            Field::BiosRevision => "bios_revision",
+            Field::GuestCpuConfig => "guest_cpu_config",
+        }
+    }
 }

@@ -92,8 +92,8 @@ fn leave_out(shown: &mut CpuConfig) {
     let vendor = shown.cpuid_modifiers.iter().find(|leaf| leaf.leaf == 0).and_then(|l| l.modifiers.get(1));
     let amd = vendor.is_some_and(|ebx| ebx.bitmap.value() == AMD);
     shown.msr_modifiers.retain(|msr| {
-        let says_nothing = LEFT_OUT.iter().any(|range| range.contains(&msr.addr));
-        !says_nothing && !(amd && msr.addr == ARCH_CAPABILITIES)
+        let unseen = amd && msr.addr == ARCH_CAPABILITIES;
+        !unseen && !LEFT_OUT.iter().any(|range| range.contains(&msr.addr))
     });
 }
 

@@ -7,45 +7,11 @@ use std::path::Path;
 use config::CpuConfig;
 use serde_json::{Map, Value, json};
 
-use super::command::GuestFiles;
+use super::command::{Field, GuestFiles};
 use super::error::ToolError;
 use super::{dump, strip};
 use crate::crash_report;
 use crate::personality::API_VERSION;
-
-/// A field of a fingerprint.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum Field {
-    FirecrackerVersion,
-    KernelVersion,
-    MicrocodeVersion,
-    BiosVersion,
-    BiosRevision,
-    GuestCpuConfig,
-}
-
-impl Field {
-    pub(super) const ALL: [Field; 6] = [
-        Field::FirecrackerVersion,
-        Field::KernelVersion,
-        Field::MicrocodeVersion,
-        Field::BiosVersion,
-        Field::BiosRevision,
-        Field::GuestCpuConfig,
-    ];
-
-    /// Its key in the file.
-    pub(super) fn name(self) -> &'static str {
-        match self {
-            Field::FirecrackerVersion => "firecracker_version",
-            Field::KernelVersion => "kernel_version",
-            Field::MicrocodeVersion => "microcode_version",
-            Field::BiosVersion => "bios_version",
-            Field::BiosRevision => "bios_revision",
-            Field::GuestCpuConfig => "guest_cpu_config",
-        }
-    }
-}
 
 /// The fingerprint of this host and a guest.
 pub(super) fn dump(files: &GuestFiles) -> Result<Value, ToolError> {

@@ -69,8 +69,8 @@ fn perform(tool: &Tool) -> Result<(), ToolError> {
     }
 }
 
-/// Writes a file that appears when it is complete. Where the path is no file (`/dev/stdout`), writes
-/// to it.
+/// Writes a file that appears when it is complete. A path that is no file (`/dev/stdout`) is
+/// written to.
 fn write_json(path: &Path, value: &impl Serialize) -> Result<(), ToolError> {
     let failed = |reason: String| ToolError::Write { path: path.to_owned(), reason };
     let mut text = serde_json::to_string_pretty(value).map_err(|e| failed(e.to_string()))?;

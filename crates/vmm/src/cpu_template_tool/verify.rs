@@ -29,7 +29,7 @@ fn compare(template: &CpuConfig, shown: &CpuConfig) -> Result<usize, ToolError> 
     for (register, wanted) in &template.bits {
         let found = shown.bits.get(register).map(|bits| bits.value());
         if found.map(|found| found & wanted.mask()) != Some(wanted.value()) {
-            mismatch(&mut text, *register, wanted.to_string(), found);
+            mismatch(&mut text, *register, &wanted.to_string(), found);
         }
     }
     if text.is_empty() {
@@ -39,7 +39,7 @@ fn compare(template: &CpuConfig, shown: &CpuConfig) -> Result<usize, ToolError> 
     }
 }
 
-fn mismatch(text: &mut String, register: Register, wanted: String, found: Option<u64>) {
+fn mismatch(text: &mut String, register: Register, wanted: &str, found: Option<u64>) {
     let width = register.width() as usize;
     // Without the prefix, and without bits beyond the register.
     let wanted = &wanted[wanted.len() - width..];

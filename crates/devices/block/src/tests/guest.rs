@@ -278,6 +278,11 @@ impl Guest {
         }
     }
 
+    /// Kicks without a new request.
+    pub(crate) fn kick_for_nothing(&self, queue: usize) {
+        self.kicks[queue].signal();
+    }
+
     /// The result of `submitted`.
     pub(crate) fn response(&self, submitted: &Submitted, used: Used) -> Response {
         assert_eq!(used.head, submitted.head);

@@ -32,7 +32,7 @@ fn rate_limit_throttles_until_the_timer_expires() {
     guest.control.update_limits(RateLimiterConfig { bandwidth: None, ops: Some(none) }, guest.worker.now());
     guest.wait(0, 2);
     assert_eq!(guest.worker.next_timer(), None);
-    guest.kick(0);
+    guest.kick_for_nothing(0);
     guest.worker.run();
     assert_eq!(stats.no_avail_buffer.get(), 1, "the queue is empty");
 }
