@@ -120,7 +120,7 @@ fn answers_of_a_started_guest_are_as_described() -> Result<()> {
 fn monitor() -> Result<VmmBuilder> {
     let builder = VmmBuilder::new(&vmm_path())?.with_api();
     std::fs::write(builder.dir().join(DISK), [0; 4096])?;
-    Ok(builder.arg("--http-api-max-payload-size").arg("4000000").arg("--mmds-size-limit").arg("51200"))
+    Ok(builder.arg("--http-api-max-payload-size").arg("16000000").arg("--mmds-size-limit").arg("51200"))
 }
 
 /// Runs schemathesis against a monitor. Each of these answers must be among those that it got:
