@@ -36,6 +36,7 @@ pub struct MachineConfig {
     pub track_dirty_pages: bool,
     /// Pages that back guest memory.
     #[serde(default, deserialize_with = "null_is_default")]
+    #[cfg_attr(feature = "schema", schemars(schema_with = "crate::schema::null_is_default::<HugePages>"))]
     pub huge_pages: HugePages,
     /// Unix socket at which a debugger attaches to the guest, which waits for it at its entry.
     #[serde(default, skip_serializing_if = "Option::is_none")]

@@ -34,6 +34,7 @@ pub enum MmdsVersion {
 pub struct MmdsConfig {
     /// Whether requests need a session token.
     #[serde(default, deserialize_with = "null_is_default")]
+    #[cfg_attr(feature = "schema", schemars(schema_with = "crate::schema::null_is_default::<MmdsVersion>"))]
     pub version: MmdsVersion,
     /// Ids of the network interfaces through which the guest reaches the service.
     #[serde(default, deserialize_with = "null_is_default")]
