@@ -284,7 +284,7 @@ fn one_debugger_is_served_and_others_are_turned_away() -> Result<()> {
 #[test]
 fn malformed_packets_end_a_session_and_not_the_guest() -> Result<()> {
     let (mut vmm, mut api, socket) = waiting(1)?;
-    for bytes in [&b"\x80\xff\0garbage$#00"[..], b"$m0,4#00", &[b'$'; 1 << 16]] {
+    for bytes in [&b"\x80\xff\0garbage$#00"[..], b"$m0,4#00", &vec![b'$'; 1 << 16]] {
         let mut client = connect(&socket)?;
         // The monitor may close the connection before it has all.
         let _ = client.send_raw(bytes);
