@@ -144,27 +144,24 @@ pub fn spinning_guest() -> Elf {
     Elf::of(&code)
 }
 
-/// The addresses in a [`counting_guest`].
-pub mod counting {
-    /// The loop, whose first instruction counts in `eax`.
-    pub const LOOP: u32 = super::LOAD_ADDRESS + 2;
-    /// The next instruction, which stores the count.
-    pub const STORE: u32 = LOOP + 2;
-    /// The instruction after it.
-    pub const CHECK: u32 = STORE + 7;
-    /// The count, of 4 bytes.
-    pub const COUNT: u32 = super::LOAD_ADDRESS + 0x2000;
-    /// Four bytes; the guest resets itself once they are not 0.
-    pub const END: u32 = COUNT + 4;
-}
+/// In a [`counting_guest`], the loop, whose first instruction counts in `eax`.
+pub const LOOP: u32 = LOAD_ADDRESS + 2;
+/// The next instruction, which stores the count.
+pub const STORE: u32 = LOOP + 2;
+/// The instruction after it.
+pub const CHECK: u32 = STORE + 7;
+/// The count, of 4 bytes.
+pub const COUNT: u32 = LOAD_ADDRESS + 0x2000;
+/// Four bytes; the guest resets itself once they are not 0.
+pub const END: u32 = COUNT + 4;
 
 /// Counts in memory, until it is told to end. The code does the same in 32-bit and 64-bit mode.
 pub fn counting_guest() -> Elf {
     // xor eax, eax; inc eax; mov [COUNT], eax; cmp dword [END], 0; je to the inc
     let mut code = vec![0x31, 0xc0, 0xff, 0xc0, 0x89, 0x04, 0x25];
-    code.extend(counting::COUNT.to_le_bytes());
+    code.extend(COUNT.to_le_bytes());
     code.extend([0x83, 0x3c, 0x25]);
-    code.extend(counting::END.to_le_bytes());
+    code.extend(END.to_le_bytes());
     code.extend([0, 0x74, 0xed]);
     code.extend(RESET);
     code.extend(HALT);

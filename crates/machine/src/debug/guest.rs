@@ -180,28 +180,29 @@ impl Guest {
         if self.unreported.is_empty() { self.release() } else { Ok(()) }
     }
 
-    /// The next stop of the guest, if it has stopped.
+    /// The next stop of the guest, if it has stopped. Handles one stop of a vCPU at a time.
     pub(super) fn next_stop(&mut self) -> Result<Option<Stop>, DebugError> {
-        loop {
-            // The vCPUs are held while there is one.
-            if let Some(stop) = self.unreported.pop_front() {
+        // The vCPUs are held while there is one.
+        if let Some(stop) = self.unreported.pop_front() {
+            return Ok(Some(self.stopped(stop)));
+        }
+        let Some((vcpu, exit)) = self.vcpus.take_stop()? else { return Ok(None) };
+        let over = self.end_step_over() == Some(vcpu);
+        match self.meaning(vcpu, exit, over)? {
+            Meaning::Stop(Stop::Step(_)) if self.plans[vcpu].action != Action::Step => self.run()?,
+            Meaning::Stop(stop) => {
+                self.hold()?;
                 return Ok(Some(self.stopped(stop)));
             }
-            let Some((vcpu, exit)) = self.vcpus.take_stop()? else { return Ok(None) };
-            let over = self.end_step_over() == Some(vcpu);
-            match self.meaning(vcpu, exit, over)? {
-                Meaning::Stop(Stop::Step(_)) if self.plans[vcpu].action != Action::Step => self.run()?,
-                Meaning::Stop(stop) => {
-                    self.hold()?;
-                    return Ok(Some(self.stopped(stop)));
-                }
-                Meaning::Deliver(exception) => {
-                    self.plans[vcpu].deliver = exception;
-                    if over { self.run()? } else { self.release_one(vcpu)? }
-                }
-                Meaning::Alias => self.step_over(vcpu, exit.pc)?,
+            Meaning::Deliver(exception) => {
+                self.plans[vcpu].deliver = exception;
+                if over { self.run()? } else { self.release_one(vcpu)? }
             }
+            Meaning::Alias => self.step_over(vcpu, exit.pc)?,
         }
+        // There may be another. A guest that stops all the time must not keep the caller here.
+        self.vcpus.wake().signal();
+        Ok(None)
     }
 
     /// Removes all breakpoints and lets all vCPUs run, without a debugger.

@@ -59,18 +59,25 @@ impl Server {
                 continue;
             }
             log::info!("gdb socket {}: a debugger is attached", self.path());
-            match self.serve(stream) {
-                Ended::Detached => log::info!("gdb socket {}: the debugger detached", self.path()),
-                Ended::Lost(why) => log::warn!("gdb socket {}: the debugger is gone: {why}", self.path()),
+            // The debugger sees the end of the connection when its breakpoints are gone.
+            let connection = stream.try_clone();
+            let lost = match self.serve(stream) {
+                Ended::Detached => None,
+                Ended::Lost(why) => Some(why),
                 // The guest does not run any more.
                 Ended::Killed => return self.events.post(MachineEvent::Killed),
                 Ended::Finished => return,
-            }
+            };
             // In memory that is saved or forked there is no breakpoint.
             if let Err(error) = self.target.guest.leave() {
                 return log::error!("gdb socket {}: {error}", self.path());
             }
             self.state.detach();
+            match lost {
+                None => log::info!("gdb socket {}: the debugger detached", self.path()),
+                Some(why) => log::warn!("gdb socket {}: the debugger is gone: {why}", self.path()),
+            }
+            drop(connection);
         }
     }
 
@@ -135,10 +142,11 @@ impl Server {
         self.target.guest.hold().map_err(|e| e.to_string())?;
         let stub = GdbStub::builder(client).build().map_err(|e| e.to_string())?;
         let mut machine = stub.run_state_machine(&mut self.target).map_err(|e| text(&e))?;
+        let mut last = false;
         loop {
             machine = match machine {
                 GdbStubStateMachine::Idle(mut idle) => {
-                    match self.next_byte(idle.borrow_conn())? {
+                    match self.next_byte(idle.borrow_conn(), &mut last)? {
                         Some(byte) => idle.incoming_data(&mut self.target, byte).map_err(|e| text(&e))?,
                         // The debugger does not wait for an answer now.
                         None if self.state.has_ended() => return Ok(Ended::Finished),
@@ -182,13 +190,16 @@ impl Server {
         }
     }
 
-    /// The next byte of the debugger; `None` if the guest ended, or there is none yet.
-    fn next_byte(&self, client: &mut Client) -> Result<Option<u8>, String> {
+    /// The next byte of the debugger; `None` if the guest ended, or there is none yet. Sets `last`
+    /// with what is read after the end.
+    fn next_byte(&self, client: &mut Client, last: &mut bool) -> Result<Option<u8>, String> {
         if let Some(byte) = client.next() {
             return Ok(Some(byte));
         }
+        // What was sent before the guest's end may be the command that waits for it.
         let ready = self.wait(client, false)?;
-        if !ready.end && ready.input {
+        if ready.input && !*last {
+            *last = ready.end;
             client.receive().map_err(|e| e.to_string())?;
         }
         Ok(client.next())
