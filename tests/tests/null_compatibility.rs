@@ -94,7 +94,11 @@ fn table_of_fields_is_whole_and_true() -> Result<()> {
 
     let (_vmm, mut client) = vmm_with_api(&[])?;
     let ours = client.get("/openapi.json")?.ok()?.json()?;
-    let there = fields_of_bodies(&api, &ours, &operations);
+    let mut there = fields_of_bodies(&api, &ours, &operations);
+    // Known, and refused whatever its value.
+    with_state(&rows, &["planned"]).into_iter().for_each(|field| {
+        there.remove(field);
+    });
     let claimed = with_state(&rows, &["yes", "differs"]).into_iter().map(str::to_owned);
     assert_eq!(claimed.collect::<BTreeSet<_>>(), there);
     Ok(())
@@ -163,7 +167,7 @@ fn table_of_flags_is_true() -> Result<()> {
     let (_, help) = vmm.finish(TIMEOUT)?;
     let words: BTreeSet<_> = help.split([' ', '\n', ',']).collect();
     let rows = table("Flags of `firecracker`");
-    ensure!(rows.len() == 22, "{} flags", rows.len());
+    ensure!(rows.len() == 24, "{} flags", rows.len());
     for (flag, columns) in &rows {
         assert_eq!(words.contains(flag), ["yes", "differs"].contains(&columns[0]), "{flag}");
     }

@@ -1,7 +1,8 @@
 //! A blocking client of the API of `vesta-vmm`, over its Unix socket.
 //!
-//! Requests and answers are typed: the structs of the `config` crate, which the monitor itself reads
-//! and writes. The client starts no process and no thread. It only needs the path of the API socket.
+//! Requests and answers are typed: the structs of the `config` crate, which the monitor itself
+//! reads and writes. The client starts no process and no thread. It only needs the path of the API
+//! socket.
 //!
 //! ```no_run
 //! use std::process::Command;
