@@ -141,8 +141,8 @@ impl Fork {
         let metrics = || self.children.iter().filter_map(|child| child.metrics.as_ref());
         checks::unique("metrics_path", metrics().map(|metrics| shown(&metrics.metrics_path)))?;
         metrics().try_for_each(Metrics::check)?;
-        let sockets = self.children.iter().filter_map(|child| child.vsock_override.as_ref());
-        sockets.map(VsockOverride::check).collect::<Result<(), _>>()?;
+        let mut sockets = self.children.iter().filter_map(|child| child.vsock_override.as_ref());
+        sockets.try_for_each(VsockOverride::check)?;
         self.children.iter().filter_map(|child| child.serial.as_ref()).try_for_each(Serial::check)
     }
 }

@@ -97,7 +97,7 @@ fn path(levels: &[Level]) -> String {
                 path.push_str(key);
             }
             Level::Object { key: None } => {}
-            Level::Array { index } => path.push_str(&format!("[{index}]")),
+            Level::Array { index } => path.extend(["[", &index.to_string(), "]"]),
         }
     }
     path

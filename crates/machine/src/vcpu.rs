@@ -171,7 +171,7 @@ impl VcpuHandle {
             let entry_errors = EntryErrors::default();
             let stats = of_thread;
             let (resumed, halted, debug) = (false, false, None);
-            Vcpu { id, fd, ram, buses, events, inbox, answer, entry_errors, resumed, halted, debug, stats }
+            Vcpu { id, fd, ram, buses, events, inbox, answer, entry_errors, resumed, halted, stats, debug }
                 .run();
         })?;
         let thread = Some(Arc::new(thread));
