@@ -229,7 +229,7 @@ fn the_test_bodies_have_all_fields() -> Result<()> {
 fn operations_are_accepted_in_their_phase_only() -> Result<()> {
     let setup = Setup::new()?;
     // Before the start: all are accepted by `configured`; those of a started guest are refused.
-    let (_vmm, mut api) = setup.configured()?;
+    let (vmm, mut api) = setup.configured()?;
     for (operation, body) in setup.operations(&[Phase::AfterStart]) {
         let response = send(&mut api, operation, body)?;
         assert_eq!(response.status, 400, "{operation:?}");
@@ -250,7 +250,7 @@ fn operations_are_accepted_in_their_phase_only() -> Result<()> {
         let response = send(&mut api, operation, body)?;
         ensure!(response.status == 204, "{operation:?}: {}", response.body);
     }
-    drop((_vmm, api));
+    drop((vmm, api));
 
     let mut loaded = VmmBuilder::new(&vmm_path())?.with_api().spawn()?;
     let mut api = loaded.ready_client(TIMEOUT)?;

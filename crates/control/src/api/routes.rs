@@ -31,6 +31,7 @@ pub struct Routed {
 
 /// What a request asks for.
 #[derive(Debug, Clone, PartialEq, Eq)]
+#[expect(clippy::large_enum_variant, reason = "it is on the stack of one call, and a box would cost more")]
 pub enum Route {
     /// A command for the main thread.
     Command(Routed),
