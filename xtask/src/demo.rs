@@ -49,7 +49,7 @@ pub(crate) fn command(parser: &mut lexopt::Parser) -> Result<ExitCode> {
     let (kernel, name) = kernels::preferred()?;
     say!("the guest is {name} with busybox");
     // Beside the binaries, in a directory that an emulated host shares.
-    let program = std::env::current_exe()?;
+    let program = crate::process::this_program()?;
     let initrd = program.with_file_name("demo-initramfs");
     std::fs::write(&initrd, Initramfs::new(&kernels::busybox()?)?.finish(SCRIPT))?;
     let argv: [OsString; 5] =

@@ -4,6 +4,7 @@
 //! [`ScratchDir`] are removed on return, on error and on a signal ([`clean_up_on_signals`]).
 
 use std::ffi::OsStr;
+use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::Mutex;
@@ -17,6 +18,17 @@ macro_rules! say {
     ($($arg:tt)*) => { eprintln!("xtask: {}", format_args!($($arg)*)) };
 }
 pub(crate) use say;
+
+/// The path of this program.
+///
+/// A build of the whole workspace gives other features to the crates that this program has in
+/// common with it, so that cargo replaces the file while it runs. The new one does the same.
+pub(crate) fn this_program() -> Result<PathBuf> {
+    let path = std::env::current_exe().context("this program's own path")?;
+    let text = path.as_os_str().as_bytes();
+    let replaced = text.strip_suffix(b" (deleted)").map(|path| PathBuf::from(OsStr::from_bytes(path)));
+    Ok(replaced.filter(|path| path.exists()).unwrap_or(path))
+}
 
 /// Runs a command to its end; an error names the command and how it ended.
 pub(crate) fn run(command: &mut Command) -> Result<()> {

@@ -57,7 +57,7 @@ pub(crate) fn command(parser: &mut lexopt::Parser) -> Result<ExitCode> {
         test.args(["test", "--quiet", "--workspace", "--exclude", "vesta-tests", "--lib", UNIT_TESTS]);
         note(format!("unit tests, round {round}"), run(&mut test));
     }
-    let mut system = Command::new(std::env::current_exe()?);
+    let mut system = Command::new(crate::process::this_program()?);
     system.args(["test", "--system", SYSTEM_TESTS]).env(SOAK, factor.to_string());
     note("whole-system tests".to_owned(), run(&mut system));
     for what in &failed {

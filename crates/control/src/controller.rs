@@ -14,6 +14,7 @@
 //! watch the microVM ([`Controller::publish_notices`], [`Controller::publish`]).
 
 use std::os::fd::BorrowedFd;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use config::{
@@ -34,7 +35,7 @@ use crate::metrics::{Operation, StartupTimes};
 use crate::microvm::MicroVm;
 use crate::task::{Questions, Tasks};
 use crate::vsock::VsockSockets;
-use crate::{Command, CommandError, Identity, Phase, Platform, Reply};
+use crate::{Command, CommandError, Instance, Phase, Platform, Reply};
 use crate::{drive_commands, fork, pause, phase, shutdown, snapshot};
 
 /// How long a pause waits for the guest's serial output to be written.
@@ -55,25 +56,33 @@ impl<H: Host> Controller<H> {
     /// A microVM that is not configured yet.
     ///
     /// Its machine reports to `sink`; what happens to it is published in `events`.
-    pub fn new(identity: Identity, host: H, platform: Platform, sink: EventSink, events: EventLog) -> Self {
-        let vm = MicroVm::new(identity, platform, sink, events);
+    pub fn new(
+        instance: Arc<Instance>,
+        host: H,
+        platform: Platform,
+        sink: EventSink,
+        events: EventLog,
+    ) -> Self {
+        let vm = MicroVm::new(instance, platform, sink, events);
         vm.metrics.set_process(host.process_counts());
         Self::with_vm(vm, host)
     }
 
     fn with_vm(vm: MicroVm, host: H) -> Self {
+        vm.instance.set_phase(vm.lifecycle.phase());
         Controller { vm, tasks: Tasks::new(host), boot_command: None, boot_files: None }
     }
 
     /// Starts a child of a fork, in its own process. `parent` is the guest as it was at the fork.
     pub fn start_child(
         mut host: H,
+        instance: Arc<Instance>,
         spec: ChildSpec,
         parent: ParentState,
         sink: EventSink,
         events: EventLog,
     ) -> (Reporter, Result<Self, CommandError>) {
-        let (reporter, started) = fork::start_child(&mut host, spec, parent, sink, events);
+        let (reporter, started) = fork::start_child(&mut host, instance, spec, parent, sink, events);
         (reporter, started.map(|vm| Self::with_vm(vm, host)))
     }
 
@@ -146,6 +155,7 @@ impl<H: Host> Controller<H> {
         let boot_command = command.describes_boot().then(|| command.name());
         let operation = Operation::of(&command).map(|operation| (operation, Instant::now()));
         let reply = self.dispatch(command);
+        self.vm.instance.set_phase(self.phase());
         self.publish_snapshot_job();
         let reply = reply?;
         if let Some((operation, begun)) = operation {
@@ -187,7 +197,7 @@ impl<H: Host> Controller<H> {
             }
             Command::PutMetrics(config) => {
                 config.check()?;
-                let last = vm.metrics.configure(&config, &vm.identity.id)?;
+                let last = vm.metrics.configure(&config, &vm.instance.identity().id)?;
                 tasks.host.keep_last_line(last);
             }
             Command::PutSerial(serial) => self.set_serial(serial)?,

@@ -5,6 +5,7 @@
 //!   [`error`]: [`CommandError`].
 //! - [`phase`]: the phases in which each command is possible.
 //! - [`controller`]: the owner of a microVM, which dispatches commands.
+//! - `instance`: who the microVM is and its phase, which the API thread tells by itself.
 //! - `microvm`: the microVM: its identity, its `settings`, its machine (`lifecycle`), and its
 //!   `backends`: `drives`, `networks` and the sockets of `vsock`. `metadata`: its metadata service.
 //! - `boot`, `pause`, `drive_commands`, [`fork`], [`snapshot`], `shutdown`: what commands do to it.
@@ -45,6 +46,7 @@ pub mod fork;
 mod host;
 pub mod http;
 mod identity;
+mod instance;
 mod lifecycle;
 mod live_snapshot;
 mod metadata;
@@ -69,5 +71,6 @@ pub use controller::Controller;
 pub use error::CommandError;
 pub use host::Host;
 pub use identity::{Identity, Platform};
+pub use instance::Instance;
 pub use phase::{Phase, PhaseError};
 pub use token::TaskError;

@@ -1,19 +1,20 @@
 //! [`MicroVm`]: everything that one microVM consists of, and the answers to questions about it.
 
 use std::borrow::Cow;
+use std::sync::Arc;
 use std::time::Duration;
 
-use config::{FullVmConfig, InstanceInfo, InstanceState, Version};
+use config::FullVmConfig;
 use machine::EventSink;
 use machine::debug::KeptOut;
 use machine::devices::{DeviceSetup, limits};
 use machine::legacy::{Output, SerialSetup};
 use machine::machine::Machine;
-use serde::Serialize;
 use virtio::rate_limiter::RateLimiterConfig;
 
 use crate::backends::Backends;
 use crate::events::EventLog;
+use crate::instance::to_json;
 use crate::lifecycle::Lifecycle;
 use crate::live_snapshot::LiveSnapshotJob;
 use crate::metadata::Metadata;
@@ -22,12 +23,12 @@ use crate::openapi::OPENAPI;
 use crate::prefetch::WorkingSetTask;
 use crate::settings::Settings;
 use crate::task::Questions;
-use crate::{Command, CommandError, Identity, Phase, Platform, Reply};
+use crate::{Command, CommandError, Instance, Platform, Reply};
 
 /// One microVM: its identity, its configuration with open backends, and its machine.
 #[derive(Debug)]
 pub(crate) struct MicroVm {
-    pub(crate) identity: Identity,
+    pub(crate) instance: Arc<Instance>,
     pub(crate) platform: Platform,
     pub(crate) backends: Backends,
     /// The file or FIFO of `settings.serial`, opened when it was set.
@@ -46,11 +47,16 @@ pub(crate) struct MicroVm {
 
 impl MicroVm {
     /// A microVM that is not configured yet. `sink` is for its machine.
-    pub(crate) fn new(identity: Identity, platform: Platform, sink: EventSink, events: EventLog) -> Self {
+    pub(crate) fn new(
+        instance: Arc<Instance>,
+        platform: Platform,
+        sink: EventSink,
+        events: EventLog,
+    ) -> Self {
         let mut backends = Backends::default();
         backends.drives.report_failures(sink.notices());
         MicroVm {
-            identity,
+            instance,
             platform,
             backends,
             serial_output: None,
@@ -65,7 +71,7 @@ impl MicroVm {
 
     /// The devices to build, with clones of their backends.
     pub(crate) fn device_setup(&self) -> DeviceSetup {
-        self.backends.device_setup(self.metadata.service(&self.identity.id), self.platform.pci)
+        self.backends.device_setup(self.metadata.service(&self.instance.identity().id), self.platform.pci)
     }
 
     /// The host end of the serial port for a guest with these settings: the file that was set, else
@@ -106,24 +112,11 @@ impl MicroVm {
         let prefetched = self.working_set.as_ref().and_then(WorkingSetTask::prefetched_pages);
         own.extend(prefetched.map(|pages| Group::counts("prefetch", &[("pages", pages)])));
         let info = [
-            ("id", &*self.identity.id),
+            ("id", &*self.instance.identity().id),
             ("state", self.lifecycle.phase().name()),
-            ("version", self.identity.version),
+            ("version", self.instance.identity().version),
         ];
         Reply::Text { content_type: metrics::CONTENT_TYPE, body: self.metrics.prometheus(&info, own).into() }
-    }
-
-    fn describe(&self) -> InstanceInfo {
-        InstanceInfo {
-            app_name: self.identity.app_name.to_owned(),
-            id: self.identity.id.clone(),
-            state: match self.lifecycle.phase() {
-                Phase::Configured => InstanceState::NotStarted,
-                Phase::Running => InstanceState::Running,
-                Phase::Paused => InstanceState::Paused,
-            },
-            vmm_version: self.identity.version.to_owned(),
-        }
     }
 }
 
@@ -134,10 +127,7 @@ impl Questions for MicroVm {
 
     fn answer(&self, command: &Command) -> Option<Result<Reply, CommandError>> {
         Some(match command {
-            Command::DescribeInstance => to_json(&self.describe()),
-            Command::GetVersion => {
-                to_json(&Version { firecracker_version: self.identity.api_version.to_owned() })
-            }
+            Command::DescribeInstance | Command::GetVersion => return self.instance.answer(command),
             Command::GetOpenApi => {
                 Ok(Reply::Text { content_type: "application/json", body: Cow::Borrowed(OPENAPI) })
             }
@@ -148,11 +138,6 @@ impl Questions for MicroVm {
             _ => return None,
         })
     }
-}
-
-/// The answer with this value.
-pub(crate) fn to_json(value: &impl Serialize) -> Result<Reply, CommandError> {
-    serde_json::to_value(value).map(Reply::Json).map_err(CommandError::Json)
 }
 
 /// The rate limit of the serial port's output.

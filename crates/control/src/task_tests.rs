@@ -5,6 +5,7 @@ use std::io::{Read, Write};
 use std::os::fd::{BorrowedFd, OwnedFd, RawFd};
 use std::os::unix::net::UnixStream;
 use std::path::Path;
+use std::sync::Arc;
 use std::sync::mpsc::{Receiver, Sender, channel};
 
 use config::Logger;
@@ -16,7 +17,7 @@ use crate::api::{ApiServer, Limits};
 use crate::child::ForkPlan;
 use crate::events::EventLog;
 use crate::microvm::MicroVm;
-use crate::{Identity, Platform};
+use crate::{Identity, Instance, Platform};
 
 /// A process without a guest.
 #[derive(Debug)]
@@ -63,12 +64,13 @@ impl Monitor {
         let stop = OwnedFd::from(EventFd::new().unwrap());
         let host = FakeHost { stop: stop.try_clone().unwrap() };
         let identity = Identity { id: "vm".into(), app_name: "test", version: "0", api_version: "0" };
+        let instance = Arc::new(Instance::new(identity));
         let platform = Platform { boot_timer: None, pci: false, mmds_size_limit: 1024, max_payload: 1024 };
         let (sink, _source) = machine::event_channel().unwrap();
         let events = EventLog::new("vm");
         let mut tasks = Tasks::new(host);
-        tasks.requests = Some(api.spawn(events.clone()).unwrap());
-        Monitor { vm: MicroVm::new(identity, platform, sink, events), tasks, stop, dir }
+        tasks.requests = Some(api.spawn(Arc::clone(&instance), events.clone()).unwrap());
+        Monitor { vm: MicroVm::new(instance, platform, sink, events), tasks, stop, dir }
     }
 
     fn run<T: Send + 'static>(

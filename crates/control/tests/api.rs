@@ -6,6 +6,7 @@ use std::{
     net::Shutdown,
     os::unix::net::UnixStream,
     path::PathBuf,
+    sync::Arc,
     thread,
     time::Duration,
 };
@@ -13,7 +14,7 @@ use std::{
 use config::{Logger, VmState};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use vesta_control::{
-    Command, CommandError, Reply,
+    Command, CommandError, Identity, Instance, Reply,
     api::{ApiServer, Limits, Request, Requests, THREAD_NAME},
     events::EventLog,
 };
@@ -38,7 +39,9 @@ impl Api {
     fn start_with(limits: Limits) -> Api {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("api");
-        let requests = ApiServer::bind(&path, limits).unwrap().spawn(EventLog::new("vm")).unwrap();
+        let identity = Identity { id: "vm".into(), app_name: "test", version: "1", api_version: "2" };
+        let instance = Arc::new(Instance::new(identity));
+        let requests = ApiServer::bind(&path, limits).unwrap().spawn(instance, EventLog::new("vm")).unwrap();
         Api { requests, path, _dir: dir }
     }
 
@@ -110,7 +113,18 @@ impl Client {
     }
 }
 
-const GET: &str = "GET /version HTTP/1.1\r\n\r\n";
+const GET: &str = "GET /machine-config HTTP/1.1\r\n\r\n";
+
+#[test]
+fn instance_is_described_without_the_main_thread() {
+    let api = Api::start();
+    let mut client = api.connect();
+    client.send("GET / HTTP/1.1\r\n\r\nGET /version HTTP/1.1\r\n\r\n");
+    let (_, described) = client.answer();
+    assert!(described.contains(r#""state":"Not started""#), "{described}");
+    assert_eq!(client.answer().1, r#"{"firecracker_version":"2"}"#);
+    assert!(api.requests.try_recv().is_none());
+}
 
 #[test]
 fn answers_equal_firecrackers_byte_for_byte() {
@@ -123,7 +137,10 @@ fn answers_equal_firecrackers_byte_for_byte() {
     assert_eq!(client.answer(), (empty.into(), String::new()));
 
     client.send(GET);
-    api.expect(&Command::GetVersion, Ok(Reply::Json(serde_json::json!({"firecracker_version": "1.17.0"}))));
+    api.expect(
+        &Command::GetMachineConfig,
+        Ok(Reply::Json(serde_json::json!({"firecracker_version": "1.17.0"}))),
+    );
     let head = "HTTP/1.1 200 \r\nServer: Firecracker API\r\nConnection: keep-alive\r\n\
                 Content-Type: application/json\r\nContent-Length: 32\r\n\r\n";
     assert_eq!(client.answer(), (head.into(), r#"{"firecracker_version":"1.17.0"}"#.into()));
@@ -155,7 +172,7 @@ fn unknown_requests_never_reach_the_main_thread() {
     assert!(body.starts_with(r#"{"fault_message":""#) && body.contains("GET /nowhere"), "{body}");
     assert!(api.requests.try_recv().is_none());
     client.send(GET);
-    api.expect(&Command::GetVersion, Ok(Reply::Empty));
+    api.expect(&Command::GetMachineConfig, Ok(Reply::Empty));
     assert_eq!(client.status(), "204");
 }
 
@@ -196,12 +213,14 @@ fn lingering_client_gives_its_slot_to_a_new_one() {
 fn pipelined_requests_are_answered_in_order() {
     let api = Api::start();
     let mut client = api.connect();
-    client.send("GET / HTTP/1.1\r\n\r\nGET /nowhere HTTP/1.1\r\n\r\nGET /version HTTP/1.1\r\n\r\n");
+    client.send(
+        "GET /vm/config HTTP/1.1\r\n\r\nGET /nowhere HTTP/1.1\r\n\r\nGET /machine-config HTTP/1.1\r\n\r\n",
+    );
     let first = api.next();
-    assert_eq!(first.command, Command::DescribeInstance);
+    assert_eq!(first.command, Command::GetVmConfig);
     assert!(api.requests.try_recv().is_none(), "one at a time");
     first.reply_to.send(Ok(Reply::Json(1.into())));
-    api.expect(&Command::GetVersion, Ok(Reply::Json(3.into())));
+    api.expect(&Command::GetMachineConfig, Ok(Reply::Json(3.into())));
     assert_eq!(client.answer().1, "1");
     assert!(client.answer().1.contains("/nowhere"));
     assert_eq!(client.answer().1, "3");
@@ -244,7 +263,7 @@ fn body_over_the_limit_is_refused_and_connection_stays() {
     let body = "{ \"error\": \"Request payload with size 260 is larger than the limit of 250 allowed by server.\n\
                 All previous unanswered requests will be dropped.\" }";
     assert_eq!(client.answer(), (format!("{FAULT_HEAD}{}\r\n\r\n", body.len()), body.into()));
-    api.expect(&Command::GetVersion, Ok(Reply::Empty));
+    api.expect(&Command::GetMachineConfig, Ok(Reply::Empty));
     assert_eq!(client.status(), "204");
 }
 
@@ -262,14 +281,14 @@ fn body_at_the_limit_is_accepted() {
 #[test]
 fn connection_stays_open_after_malformed_input() {
     let api = Api::start();
-    let long_header = format!("GET / HTTP/1.1\r\nA: {}\r\n\r\n", "a".repeat(9000));
+    let long_header = format!("GET /vm/config HTTP/1.1\r\nA: {}\r\n\r\n", "a".repeat(9000));
     for noise in ["hello\r\n", "BREW /pot HTTP/1.1\r\n\r\n", "GET /\r\n\r\n", &long_header] {
         let mut client = api.connect();
         client.send(noise);
         let (head, body) = client.answer();
         assert!(head.starts_with(FAULT_HEAD) && body.starts_with("{ \"error\": \""), "{head}{body}");
         client.send(GET);
-        api.expect(&Command::GetVersion, Ok(Reply::Empty));
+        api.expect(&Command::GetMachineConfig, Ok(Reply::Empty));
         assert_eq!(client.status(), "204", "{noise}");
     }
 }
@@ -285,7 +304,7 @@ fn post_with_a_body_is_read_whole_and_refused() {
     assert!(head.starts_with(FAULT_HEAD) && text.contains("POST /logger"), "{head}{text}");
     client.send(&body);
     client.send(GET);
-    api.expect(&Command::GetVersion, Ok(Reply::Empty));
+    api.expect(&Command::GetMachineConfig, Ok(Reply::Empty));
     assert_eq!(client.status(), "204");
 }
 
@@ -339,19 +358,19 @@ fn client_that_does_not_read_delays_no_other() {
     let mut stuck = api.connect();
     stuck.send(&GET.repeat(1000));
     let long = "x".repeat(4 << 20);
-    api.expect(&Command::GetVersion, Ok(Reply::Json(long.clone().into())));
+    api.expect(&Command::GetMachineConfig, Ok(Reply::Json(long.clone().into())));
 
     let mut other = api.connect();
     for _ in 0..100 {
-        other.send("GET / HTTP/1.1\r\n\r\n");
-        api.expect(&Command::DescribeInstance, Ok(Reply::Empty));
+        other.send("GET /vm/config HTTP/1.1\r\n\r\n");
+        api.expect(&Command::GetVmConfig, Ok(Reply::Empty));
         assert_eq!(other.status(), "204");
     }
     assert!(api.requests.try_recv().is_none(), "nothing of a client that has an answer to read");
 
     assert_eq!(stuck.answer().1, format!("\"{long}\""));
     for _ in 1..1000 {
-        api.expect(&Command::GetVersion, Ok(Reply::Empty));
+        api.expect(&Command::GetMachineConfig, Ok(Reply::Empty));
         assert_eq!(stuck.status(), "204");
     }
 }
@@ -363,7 +382,7 @@ fn client_that_sends_half_a_request_delays_no_other() {
     stuck.send("PUT /logger HTTP/1.1\r\nContent-Length: 100\r\n\r\n{");
     let mut other = api.connect();
     other.send(GET);
-    api.expect(&Command::GetVersion, Ok(Reply::Empty));
+    api.expect(&Command::GetMachineConfig, Ok(Reply::Empty));
     assert_eq!(other.status(), "204");
 }
 
@@ -393,8 +412,8 @@ fn client_that_shuts_down_sending_gets_all_answers() {
     let mut client = api.connect();
     client.send(&GET.repeat(2));
     client.stream.shutdown(Shutdown::Write).unwrap();
-    api.expect(&Command::GetVersion, Ok(Reply::Json(1.into())));
-    api.expect(&Command::GetVersion, Ok(Reply::Json(2.into())));
+    api.expect(&Command::GetMachineConfig, Ok(Reply::Json(1.into())));
+    api.expect(&Command::GetMachineConfig, Ok(Reply::Json(2.into())));
     assert_eq!((client.answer().1, client.answer().1), ("1".into(), "2".into()));
     assert_eq!(client.rest(), "");
 }
@@ -404,12 +423,12 @@ fn connection_stays_open_with_http_1_0_and_close() {
     let api = Api::start();
     let mut client = api.connect();
     for request in [
-        "GET /version HTTP/1.0\r\n\r\n",
-        "GET /version HTTP/1.1\r\nConnection: close\r\n\r\n",
-        "GET /version HTTP/1.0\r\nConnection: keep-alive\r\n\r\n",
+        "GET /machine-config HTTP/1.0\r\n\r\n",
+        "GET /machine-config HTTP/1.1\r\nConnection: close\r\n\r\n",
+        "GET /machine-config HTTP/1.0\r\nConnection: keep-alive\r\n\r\n",
     ] {
         client.send(request);
-        api.expect(&Command::GetVersion, Ok(Reply::Empty));
+        api.expect(&Command::GetMachineConfig, Ok(Reply::Empty));
         let expected = "HTTP/1.1 204 \r\nServer: Firecracker API\r\nConnection: keep-alive\r\n\r\n";
         assert_eq!(client.answer(), (expected.into(), String::new()));
     }

@@ -3,11 +3,13 @@
 use std::io::{BufRead, BufReader, Read, Write};
 use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
 use vesta_control::api::{ApiServer, Limits, Requests};
 use vesta_control::events::{Event, EventLog, ExitReason, MAX_EVENTS};
+use vesta_control::{Identity, Instance};
 
 /// Longer than anything here takes; a test that waits so long fails.
 const TIMEOUT: Duration = Duration::from_secs(30);
@@ -27,7 +29,9 @@ impl Api {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("api");
         let events = EventLog::new("vm");
-        let requests = ApiServer::bind(&path, limits).unwrap().spawn(events.clone()).unwrap();
+        let identity = Identity { id: "vm".into(), app_name: "test", version: "0", api_version: "0" };
+        let instance = Arc::new(Instance::new(identity));
+        let requests = ApiServer::bind(&path, limits).unwrap().spawn(instance, events.clone()).unwrap();
         Api { requests, events, path, _dir: dir }
     }
 

@@ -12,11 +12,12 @@
 use std::mem::ManuallyDrop;
 use std::os::fd::AsRawFd;
 use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::Arc;
 
-use control::Controller;
 use control::api::{ApiServer, Requests};
 use control::events::EventLog;
 use control::fork::{ChildSpec, ForkPlan, ParentState};
+use control::{Controller, Instance};
 use machine::event_channel;
 
 use crate::event_loop;
@@ -83,11 +84,13 @@ fn run_one(mut spec: ChildSpec, parent: ParentState) -> ExitCode {
     counts::reset();
     terminal::leave_to_parent();
     logger::start_fork(Some(&spec.identity.id));
+    let instance = Arc::new(Instance::new(spec.identity.clone()));
     let events = EventLog::new(&spec.identity.id);
-    let begun = detach(&spec, &parent).and_then(|()| set_up(&mut spec, &events)).and_then(|process| {
-        let (sink, source) = event_channel()?;
-        Ok((process, sink, source))
-    });
+    let begun =
+        detach(&spec, &parent).and_then(|()| set_up(&mut spec, &instance, &events)).and_then(|process| {
+            let (sink, source) = event_channel()?;
+            Ok((process, sink, source))
+        });
     let ((signals, requests), sink, source) = match begun {
         Ok(begun) => begun,
         Err(error) => {
@@ -95,7 +98,8 @@ fn run_one(mut spec: ChildSpec, parent: ParentState) -> ExitCode {
             return ExitCode::Generic;
         }
     };
-    let (reporter, started) = Controller::start_child(ProcessHost::new(run), spec, parent, sink, events);
+    let (reporter, started) =
+        Controller::start_child(ProcessHost::new(run), instance, spec, parent, sink, events);
     let controller = match started {
         Ok(controller) => controller,
         Err(error) => {
@@ -132,7 +136,7 @@ fn detach(spec: &ChildSpec, parent: &ParentState) -> std::io::Result<()> {
 type Process = (signals::Signals, Option<Requests>);
 
 /// Moves to the cgroup, opens the log, and starts to handle signals and to serve the API.
-fn set_up(spec: &mut ChildSpec, events: &EventLog) -> std::io::Result<Process> {
+fn set_up(spec: &mut ChildSpec, instance: &Arc<Instance>, events: &EventLog) -> std::io::Result<Process> {
     if let Some(cgroup) = &spec.cgroup {
         let named = |e: std::io::Error| {
             std::io::Error::new(e.kind(), format!("cannot move to the cgroup {}: {e}", cgroup.display()))
@@ -145,6 +149,6 @@ fn set_up(spec: &mut ChildSpec, events: &EventLog) -> std::io::Result<Process> {
     }
     process::detach_standard_io(logger::is_on_standard_output())?;
     let signals = signals::renew()?;
-    let requests = spec.api.take().map(|api| api.spawn(events.clone())).transpose()?;
+    let requests = spec.api.take().map(|api| api.spawn(Arc::clone(instance), events.clone())).transpose()?;
     Ok((signals, requests))
 }

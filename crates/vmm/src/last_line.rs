@@ -108,10 +108,11 @@ fn try_lock() -> Option<MutexGuard<'static, Option<LastLine>>> {
 #[cfg(test)]
 mod tests {
     use std::path::Path;
+    use std::sync::Arc;
 
     use control::events::EventLog;
     use control::metrics::SignalCounts;
-    use control::{Command, Controller, Identity, Platform};
+    use control::{Command, Controller, Identity, Instance, Platform};
     use serde_json::Value;
 
     use super::*;
@@ -124,8 +125,13 @@ mod tests {
         let identity = Identity { id: "vm-1".to_owned(), app_name: "vesta", version: "0", api_version: "0" };
         let platform = Platform { boot_timer: None, pci: false, mmds_size_limit: 1, max_payload: 1 };
         let (sink, _source) = machine::event_channel().unwrap();
-        let mut controller =
-            Controller::new(identity, ProcessHost::new(child::run), platform, sink, EventLog::new("a"));
+        let mut controller = Controller::new(
+            Arc::new(Instance::new(identity)),
+            ProcessHost::new(child::run),
+            platform,
+            sink,
+            EventLog::new("a"),
+        );
         let metrics = config::Metrics {
             metrics_path: std::env::var_os("METRICS").unwrap().into(),
             emit_id: true,

@@ -58,12 +58,13 @@ use std::fs;
 use std::io::Write;
 use std::mem::ManuallyDrop;
 use std::path::Path;
+use std::sync::Arc;
 
 use config::{Logger, Metrics, VmConfig};
 use control::api::{ApiServer, Limits};
 use control::events::EventLog;
 use control::metrics::StartupTimes;
-use control::{Command, CommandError, Controller, Host, Identity, Platform};
+use control::{Command, CommandError, Controller, Host, Identity, Instance, Platform};
 use machine::event_channel;
 use machine::legacy::StartTimes;
 
@@ -168,8 +169,15 @@ fn start_and_serve(
 ) -> Result<Ended, RunError> {
     let limits = Limits { max_payload: args.max_payload, ..Limits::default() };
     let api = args.api_socket.as_deref().map(|path| ApiServer::bind(path, limits)).transpose()?;
+    let identity = Identity {
+        id: args.id.clone(),
+        app_name: personality.app_name(),
+        version: personality.version(),
+        api_version: personality::API_VERSION,
+    };
+    let instance = Arc::new(Instance::new(identity));
     let events = EventLog::new(&args.id);
-    let requests = api.map(|api| api.spawn(events.clone())).transpose()?;
+    let requests = api.map(|api| api.spawn(Arc::clone(&instance), events.clone())).transpose()?;
     let startup = startup_times(start);
 
     let (sink, source) = event_channel()?;
@@ -177,12 +185,6 @@ fn start_and_serve(
         last_line::write();
         exit::exit(ExitCode::Generic)
     });
-    let identity = Identity {
-        id: args.id.clone(),
-        app_name: personality.app_name(),
-        version: personality.version(),
-        api_version: personality::API_VERSION,
-    };
     let platform = Platform {
         boot_timer: args.boot_timer.then_some(start),
         pci: args.pci,
@@ -191,7 +193,7 @@ fn start_and_serve(
     };
     // Never dropped: the process ends with it, without waiting for its threads.
     let mut controller =
-        ManuallyDrop::new(Controller::new(identity, ProcessHost::new(child::run), platform, sink, events));
+        ManuallyDrop::new(Controller::new(instance, ProcessHost::new(child::run), platform, sink, events));
     descriptors::raise_limit();
     controller.set_requests(requests);
     controller.set_startup_times(startup);

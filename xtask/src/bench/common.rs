@@ -13,7 +13,7 @@ use crate::process::{output, root};
 
 /// The directory for the benchmarks' files: beside the binaries, which an emulated host shares.
 pub(super) fn files() -> Result<PathBuf> {
-    let program = std::env::current_exe()?;
+    let program = crate::process::this_program()?;
     let dir = program.parent().context("this program is in no directory")?.join("bench");
     std::fs::create_dir_all(&dir).with_context(|| dir.display().to_string())?;
     Ok(dir)
@@ -28,7 +28,7 @@ pub(super) fn on_host(
 ) -> Result<Outcome> {
     let file = files()?.join(format!("{inner}-spec"));
     std::fs::write(&file, serde_json::to_vec(spec)?)?;
-    let argv: [OsString; 3] = [std::env::current_exe()?.into(), inner.into(), file.into()];
+    let argv: [OsString; 3] = [crate::process::this_program()?.into(), inner.into(), file.into()];
     let mut job = Job::here(argv.to_vec())?;
     root().clone_into(&mut job.cwd);
     let outcome = host::run(kind, &job, emulated)?;

@@ -139,7 +139,7 @@ impl Emulated {
     }
 
     fn start(&self, job: &Job, kernel: &Kernel, scratch: &ScratchDir) -> Result<Machine> {
-        let program = std::env::current_exe().context("this program's own path")?;
+        let program = crate::process::this_program()?;
         let init = program.to_str().filter(|path| !path.contains([' ', '"'])).with_context(|| {
             format!("{}: this path cannot be on a kernel command line", program.display())
         })?;

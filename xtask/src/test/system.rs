@@ -147,7 +147,7 @@ impl Run<'_> {
             Kind::Emulated => LIMIT_EMULATED,
         };
         // Beside the binaries, in a directory that the emulated host shares.
-        let program = std::env::current_exe()?;
+        let program = crate::process::this_program()?;
         let dir = program.parent().context("this program is in no directory")?.join("system-tests");
         std::fs::create_dir_all(&dir).with_context(|| dir.display().to_string())?;
         let limit = limit * soak::factor();
@@ -217,5 +217,5 @@ impl Run<'_> {
 }
 
 fn inner(plan: &Path, records: &Path) -> Result<Vec<OsString>> {
-    Ok(vec![std::env::current_exe()?.into(), "test-inner".into(), plan.into(), records.into()])
+    Ok(vec![crate::process::this_program()?.into(), "test-inner".into(), plan.into(), records.into()])
 }

@@ -30,7 +30,7 @@ use super::routes::{Route, Routed, route};
 use crate::events::{EventLog, Read, Subscription};
 use crate::metrics::{ApiStats, CountedRequest};
 use crate::{
-    Command, CommandError, Reply,
+    Command, CommandError, Instance, Reply,
     http::{Decoded, Decoder, Request, Response, put_continue, put_event_stream_head},
 };
 
@@ -60,6 +60,7 @@ pub(super) struct Connection {
     linger: Option<Linger>,
     /// The events that are streamed, once the client has asked for them.
     stream: Option<Subscription>,
+    instance: Arc<Instance>,
     events: EventLog,
     max_streams: usize,
     stats: Arc<ApiStats>,
@@ -105,10 +106,11 @@ enum Moved {
 }
 
 impl Connection {
-    /// `socket` is connected and non-blocking. `events` are streamed if the client asks for them.
+    /// `socket` is connected and non-blocking. `instance` is described and `events` are streamed if
+    /// the client asks for them.
     pub(super) fn new(
         socket: OwnedFd,
-        events: EventLog,
+        (instance, events): (Arc<Instance>, EventLog),
         limits: &Limits,
         stats: Arc<ApiStats>,
     ) -> Connection {
@@ -121,6 +123,7 @@ impl Connection {
             input_ended: false,
             linger: None,
             stream: None,
+            instance,
             events,
             max_streams: limits.max_streams,
             stats,
@@ -236,7 +239,10 @@ impl Connection {
                 self.stats.deprecated.add(deprecated.into());
                 received.is_for(&command, deprecated);
                 self.awaited = Some(Awaited { deprecated, endpoint, received });
-                dispatch(command);
+                match self.instance.answer(&command) {
+                    Some(result) => self.answer(result),
+                    None => dispatch(command),
+                }
             }
             Ok(Route::Events) => self.begin_stream(request, received),
             Err(error) => {

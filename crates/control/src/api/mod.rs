@@ -39,6 +39,7 @@ use std::{
     io,
     os::fd::{AsFd, BorrowedFd, OwnedFd},
     path::Path,
+    sync::Arc,
 };
 
 pub use channel::{ReplyTo, Request, Requests};
@@ -48,6 +49,7 @@ pub use routes::{ENDPOINTS, Read, Route, RouteError, Routed, route};
 pub use socket_file::{BindError, Occupant, leave_all as leave_all_sockets};
 use socket_file::{SocketFile, SocketType};
 
+use crate::Instance;
 use crate::events::EventLog;
 
 /// The thread's name. Tools look for it.
@@ -89,12 +91,12 @@ impl ApiServer {
         self.socket_file.leave_to_child();
     }
 
-    /// Starts the thread, which inherits the signal mask of the caller, and streams `events` to
-    /// clients that ask for them. Fails if the process or the host is out of descriptors, memory or
+    /// Starts the thread, which inherits the signal mask of the caller, describes `instance` and
+    /// streams `events` to clients that ask for them. Fails if the process or the host is out of descriptors, memory or
     /// threads.
-    pub fn spawn(self, events: EventLog) -> io::Result<Requests> {
+    pub fn spawn(self, instance: Arc<Instance>, events: EventLog) -> io::Result<Requests> {
         let (mut requests, outbox) = channel::channel(self.socket_file, &events)?;
-        let server = server::Server::new(self.listener, outbox, events, self.limits)?;
+        let server = server::Server::new(self.listener, outbox, (instance, events), self.limits)?;
         requests.set_thread(sync::thread::spawn(THREAD_NAME, Some(STACK_SIZE), move || server.run())?);
         Ok(requests)
     }

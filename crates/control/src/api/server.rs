@@ -21,7 +21,7 @@ use super::{
     limits::Limits,
     request_log,
 };
-use crate::{CommandError, events::EventLog, http::TOO_MANY_CONNECTIONS};
+use crate::{CommandError, Instance, events::EventLog, http::TOO_MANY_CONNECTIONS};
 
 /// Most events of one `epoll_wait`.
 const EVENTS_AT_A_TIME: usize = 16;
@@ -40,6 +40,7 @@ pub(super) struct Server {
     /// Whether the listener is watched. It is not for [`ACCEPT_PAUSE`] after an accept failed.
     accepting: bool,
     outbox: Outbox,
+    instance: Arc<Instance>,
     events: EventLog,
     /// When streams of events get the next comment; `None` without streams.
     comment_at: Option<Instant>,
@@ -60,7 +61,7 @@ impl Server {
     pub(super) fn new(
         listener: OwnedFd,
         outbox: Outbox,
-        events: EventLog,
+        (instance, events): (Arc<Instance>, EventLog),
         limits: Limits,
     ) -> Result<Server, Errno> {
         let epoll = epoll::create(CreateFlags::CLOEXEC)?;
@@ -71,6 +72,7 @@ impl Server {
             listener,
             accepting: true,
             outbox,
+            instance,
             events,
             comment_at: None,
             limits,
@@ -202,7 +204,8 @@ impl Server {
             return;
         }
         let stats = Arc::clone(self.outbox.stats());
-        let connection = Connection::new(socket, self.events.clone(), &self.limits, stats);
+        let instance = Arc::clone(&self.instance);
+        let connection = Connection::new(socket, (instance, self.events.clone()), &self.limits, stats);
         if free == self.slots.len() {
             self.slots.push(None);
         }

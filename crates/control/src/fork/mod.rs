@@ -73,7 +73,7 @@ pub(crate) fn fork<H: Host>(
     let forked = fork_children(vm, tasks, fork);
     let stats = vm.metrics.operations();
     if forked.is_ok() { &stats.forks } else { &stats.fork_fails }.add(1);
-    vm.backends.drives.merge_many_layers(&vm.identity.id);
+    vm.backends.drives.merge_many_layers(&vm.instance.identity().id);
     forked
 }
 
@@ -82,15 +82,18 @@ fn fork_children<H: Host>(
     tasks: &mut Tasks<H>,
     fork: &Fork,
 ) -> Result<Reply, CommandError> {
-    if fork.children.iter().any(|child| child.id.as_str() == vm.identity.id) {
-        return Err(CommandError::child(&vm.identity.id, "this is the id of the microVM that is forked"));
+    if fork.children.iter().any(|child| child.id.as_str() == vm.instance.identity().id) {
+        return Err(CommandError::child(
+            &vm.instance.identity().id,
+            "this is the id of the microVM that is forked",
+        ));
     }
     if let Some(machine) = vm.lifecycle.machine() {
         machine.ram().fork_check()?;
     }
     let named = fork.children.iter().flat_map(|child| &child.drives).chain(&fork.drives);
     let planner = vm.backends.drives.planner(named.map(|overlay| overlay.overlay.clone()));
-    let (id, of_task) = (vm.identity.id.clone(), fork.clone());
+    let (id, of_task) = (vm.instance.identity().id.clone(), fork.clone());
     // The directory entries of new files are made durable, which may take a disk long.
     let ((plan, own_files), plans) =
         tasks.run(vm, None, move |_| plan_overlays(&planner, &id, &of_task))??;

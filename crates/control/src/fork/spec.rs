@@ -30,7 +30,7 @@ pub(super) fn child_spec(
     let limits = Limits { max_payload: vm.platform.max_payload, ..Limits::default() };
     let api = child.api_socket.as_deref().map(|path| ApiServer::bind(path, limits)).transpose();
     Ok(ChildSpec {
-        identity: Identity { id: child.id.as_str().to_owned(), ..vm.identity.clone() },
+        identity: Identity { id: child.id.as_str().to_owned(), ..vm.instance.identity().clone() },
         api: api.map_err(|error| CommandError::child(child.id.as_str(), error))?,
         logger: child.logger.clone(),
         metrics: child.metrics.clone(),

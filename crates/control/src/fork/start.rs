@@ -1,6 +1,8 @@
 //! The start of a fork's child, in its own process: its machine as it was saved, around the memory
 //! that the kernel gave it.
 
+use std::sync::Arc;
+
 use block::disk::FileLocks;
 use config::Drive;
 use machine::chipset::ClockAfter;
@@ -16,26 +18,27 @@ use crate::microvm::MicroVm;
 use crate::networks::Networks;
 use crate::settings::Settings;
 use crate::vsock::VsockSockets;
-use crate::{CommandError, Platform};
+use crate::{CommandError, Instance, Platform};
 
 /// Builds the child and starts it. The reporter is returned either way.
 pub(crate) fn start<H: Host>(
     host: &mut H,
+    instance: Arc<Instance>,
     spec: ChildSpec,
     parent: ParentState,
     sink: EventSink,
     events: EventLog,
 ) -> (Reporter, Result<MicroVm, CommandError>) {
-    let ChildSpec { identity, platform, config, metadata, networks, resume, reporter, metrics, .. } = spec;
+    let ChildSpec { platform, config, metadata, networks, resume, reporter, metrics, .. } = spec;
     let platform = Platform { boot_timer: None, ..platform };
-    let mut vm = MicroVm::new(identity, platform, sink, events);
+    let mut vm = MicroVm::new(instance, platform, sink, events);
     vm.metadata = metadata;
     let (settings, drives, interfaces) = Settings::split(config);
     vm.backends.settings = settings;
     vm.backends.networks = Networks::with_backends(interfaces, networks);
     vm.metrics.set_process(host.process_counts());
     let configured = metrics.map_or(Ok(()), |metrics| {
-        let last = vm.metrics.configure(&metrics, &vm.identity.id)?;
+        let last = vm.metrics.configure(&metrics, &vm.instance.identity().id)?;
         host.keep_last_line(last);
         Ok(())
     });

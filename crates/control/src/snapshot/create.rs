@@ -60,7 +60,7 @@ pub(crate) fn create<H: Host>(
         return created;
     }
     let created = create_live(vm, tasks, create);
-    vm.backends.drives.merge_many_layers(&vm.identity.id);
+    vm.backends.drives.merge_many_layers(&vm.instance.identity().id);
     created
 }
 
@@ -126,7 +126,7 @@ fn create_live<H: Host>(
     // overlays.
     let named = create.drives.iter().map(|overlay| &overlay.overlay).chain(paths).cloned();
     let planner = vm.backends.drives.planner(named);
-    let (id, overlays) = (vm.identity.id.clone(), create.drives.clone());
+    let (id, overlays) = (vm.instance.identity().id.clone(), create.drives.clone());
     let (plan, files) = tasks.run(vm, None, move |_| {
         let mut files = NewFiles::default();
         planner.plan(&id, &overlays, &mut files).map(|plan| (plan, files))
@@ -214,8 +214,9 @@ fn capture(
         (SnapshotType::Diff, Some(taken)) => Some(taken.clone()),
         (SnapshotType::Diff, None) => Some(machine.ram().changed_pages().map_err(CommandError::snapshot)?),
     };
-    let config = SavedConfig { config, pci: vm.platform.pci, id: vm.identity.id.clone(), fresh_overlays };
-    let created_by = format!("{} {}", vm.identity.app_name, vm.identity.version);
+    let config =
+        SavedConfig { config, pci: vm.platform.pci, id: vm.instance.identity().id.clone(), fresh_overlays };
+    let created_by = format!("{} {}", vm.instance.identity().app_name, vm.instance.identity().version);
     Ok((SnapshotContents { config, machine: state, created_by, pages }, taken))
 }
 

@@ -62,7 +62,7 @@ pub(crate) fn load<H: Host>(
     let metadata = vm.metadata.with_config(backends.settings.mmds_config.as_ref());
     // Where the guest found its devices, whatever the command line says.
     let pci = saved.config.pci;
-    let devices = backends.device_setup(metadata.service(&vm.identity.id), pci);
+    let devices = backends.device_setup(metadata.service(&vm.instance.identity().id), pci);
     let machine_config = backends.settings.machine_config.clone();
     let cpu_config = backends.settings.cpu_config.clone();
     let clock = if load.clock_realtime { ClockAfter::CatchesUp } else { ClockAfter::Continues };
