@@ -56,6 +56,8 @@ pub(super) struct HeadLines {
     in_long_line: bool,
     /// Whether the client asks for `100 Continue`.
     expects_continue: bool,
+    /// Whether there was a `Content-Length`.
+    has_length: bool,
     body: Body,
 }
 
@@ -86,6 +88,7 @@ impl Skip {
             at_request_line: true,
             in_long_line: false,
             expects_continue: false,
+            has_length: false,
             body: Body::Length(0),
         })
     }
@@ -183,12 +186,14 @@ impl HeadLines {
         let (name, value) = (line[..colon].trim_ascii(), line[colon + 1..].trim_ascii());
         let is = |other: &str| name.eq_ignore_ascii_case(other.as_bytes());
         if is("Content-Length") {
+            let is_first = !std::mem::replace(&mut self.has_length, true);
             self.body = match (decimal(value), self.body) {
-                (Some(len), Body::Length(before)) if before == 0 || before == len => Body::Length(len),
+                (Some(len), Body::Length(before)) if is_first || before == len => Body::Length(len),
                 _ => Body::Unclear,
             };
         } else if is("Transfer-Encoding") && !value.eq_ignore_ascii_case(b"identity") {
-            let chunked = value.eq_ignore_ascii_case(b"chunked") && self.body == Body::Length(0);
+            let is_alone = !self.has_length && self.body == Body::Length(0);
+            let chunked = value.eq_ignore_ascii_case(b"chunked") && is_alone;
             self.body = if chunked { Body::Chunks } else { Body::Unclear };
         } else if is("Expect") {
             self.expects_continue = true;
@@ -276,9 +281,12 @@ mod tests {
             let (skipped, left) = skip(Skip::head(100), head);
             assert_eq!((skipped, left.as_str()), (Skipped::All, rest), "{head}");
         }
-        for unclear in
-            ["Content-Length: 1\r\nContent-Length: 2", "Content-Length: x", "Transfer-Encoding: gzip"]
-        {
+        for unclear in [
+            "Content-Length: 1\r\nContent-Length: 2",
+            "Content-Length: 0\r\nContent-Length: 2",
+            "Content-Length: x",
+            "Transfer-Encoding: gzip",
+        ] {
             assert_eq!(skip(Skip::head(100), &format!("x\r\n{unclear}\r\n\r\n")).0, Skipped::Lost);
         }
         let may_be_unsent = "x\r\nExpect: 100-continue\r\nContent-Length: 1\r\n\r\n";
