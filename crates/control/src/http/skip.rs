@@ -56,14 +56,14 @@ pub(super) struct HeadLines {
     in_long_line: bool,
     /// Whether the client asks for `100 Continue`.
     expects_continue: bool,
-    /// Whether there was a `Content-Length`.
-    has_length: bool,
     body: Body,
 }
 
 /// The body of a request, as far as the headers read so far say.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Body {
+    /// No header says that there is one.
+    None,
     Length(u64),
     Chunks,
     /// The headers contradict each other.
@@ -88,8 +88,7 @@ impl Skip {
             at_request_line: true,
             in_long_line: false,
             expects_continue: false,
-            has_length: false,
-            body: Body::Length(0),
+            body: Body::None,
         })
     }
 
@@ -118,6 +117,7 @@ impl Skip {
             }
             Skip::Head(head) => match head.step(input) {
                 Ok(None) => {}
+                Ok(Some(Body::None)) => *self = Skip::Body(0),
                 Ok(Some(Body::Length(len))) => *self = Skip::Body(len),
                 Ok(Some(Body::Chunks)) => *self = Skip::ChunkSize,
                 Ok(Some(Body::Unclear)) => return Some(Skipped::Lost),
@@ -170,7 +170,8 @@ impl HeadLines {
             return Ok(None);
         }
         if line.is_empty() {
-            let maybe_unsent = self.expects_continue && self.body != Body::Length(0);
+            let has_body = !matches!(self.body, Body::None | Body::Length(0));
+            let maybe_unsent = self.expects_continue && has_body;
             return Ok(Some(if maybe_unsent { Body::Unclear } else { self.body }));
         }
         if is_request_line(line) {
@@ -186,14 +187,13 @@ impl HeadLines {
         let (name, value) = (line[..colon].trim_ascii(), line[colon + 1..].trim_ascii());
         let is = |other: &str| name.eq_ignore_ascii_case(other.as_bytes());
         if is("Content-Length") {
-            let is_first = !std::mem::replace(&mut self.has_length, true);
             self.body = match (decimal(value), self.body) {
-                (Some(len), Body::Length(before)) if is_first || before == len => Body::Length(len),
+                (Some(len), Body::None) => Body::Length(len),
+                (Some(len), Body::Length(before)) if before == len => Body::Length(len),
                 _ => Body::Unclear,
             };
         } else if is("Transfer-Encoding") && !value.eq_ignore_ascii_case(b"identity") {
-            let is_alone = !self.has_length && self.body == Body::Length(0);
-            let chunked = value.eq_ignore_ascii_case(b"chunked") && is_alone;
+            let chunked = value.eq_ignore_ascii_case(b"chunked") && self.body == Body::None;
             self.body = if chunked { Body::Chunks } else { Body::Unclear };
         } else if is("Expect") {
             self.expects_continue = true;

@@ -11,10 +11,10 @@
 //!
 //! # What the host must have
 //!
-//! Each leaf that the template changes, each feature that it shows to the guest, and each MSR.
-//! KVM would accept a feature that the CPU lacks, and the guest would die of its first use. A
-//! template of [`static_templates`](super::static_templates) is also bound to the models for which it
-//! was made: elsewhere it would show mitigations that the CPU lacks, and leave features that no other
+//! Each leaf that the template changes, each feature that it shows to the guest, and each MSR. KVM
+//! would accept a feature that the CPU lacks, and the guest would die of its first use. A template
+//! of [`static_templates`](super::static_templates) is also bound to the models for which it was
+//! made: elsewhere it would show mitigations that the CPU lacks, and leave features that no other
 //! host of the fleet has.
 
 use std::borrow::Cow;
