@@ -59,9 +59,7 @@ fn firecracker_python_boots_pauses_and_saves() -> Result<()> {
     let (dir, guest, initrd) = guest()?;
     // The package looks for the interface of the default route.
     let host = HostNet::new()?;
-    host.ip("link add eth9 type dummy")?;
-    host.ip("address add 192.0.2.2/24 dev eth9")?;
-    host.ip("link set eth9 up")?;
+    host.tap("eth9", "192.0.2.2/24", "")?;
     host.ip("route add default dev eth9")?;
     let disk = dir.path().join("disk.img");
     std::fs::File::create(&disk)?.set_len(1 << 20)?;

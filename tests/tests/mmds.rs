@@ -462,7 +462,10 @@ fn the_api_names_unsupported_settings() -> Result<()> {
     start(&mut api)?;
     vmm.wait_for_output("UP", BOOT_TIMEOUT)?;
     let late = api.put("/mmds/config", &json!({"network_interfaces": ["eth0"]}))?;
-    assert!(late.status == 400 && late.fault().contains("before the microVM starts"), "{late:?}");
+    assert!(
+        late.status == 400 && late.fault().contains("not supported after starting the microVM"),
+        "{late:?}"
+    );
     api.patch("/mmds", &json!({"a": null, "b": "2"}))?.ok()?;
     assert_eq!(api.get("/mmds")?.ok()?.json()?, json!({"b": "2"}));
     Ok(())

@@ -233,7 +233,10 @@ fn output_is_set_once_before_the_start() -> Result<()> {
     let (_vmm, mut api, _serial) = counting_in(VmmBuilder::new(&vmm_path())?)?;
     ensure!(api.get("/vm/config")?.json()?["metrics"].is_null());
     let refused = api.put("/metrics", &json!({"metrics_path": second}))?;
-    ensure!(refused.status == 400 && refused.fault().contains("PUT /metrics is possible only before"));
+    ensure!(
+        refused.status == 400
+            && refused.fault().contains("not supported after starting the microVM: PUT /metrics")
+    );
     ensure!(!second.exists());
     // Without an output there is nothing to flush, and Prometheus text all the same.
     flush(&mut api)?;

@@ -604,7 +604,10 @@ fn the_api_accepts_clients_requests_and_refuses_invalid_ones() -> Result<()> {
     assert_eq!(api.get("/vm/config")?.json()?["vsock"], json!({"guest_cid": 3, "uds_path": "v.sock"}));
     start(&mut api)?;
     let late = api.put("/vsock", &json!({"guest_cid": 3, "uds_path": "late.sock"}))?;
-    assert!(late.status == 400 && late.fault().contains("before the microVM starts"), "{late:?}");
+    assert!(
+        late.status == 400 && late.fault().contains("not supported after starting the microVM"),
+        "{late:?}"
+    );
     vmm.signal(rustix::process::Signal::TERM)?;
     vmm.exit_status(TIMEOUT)?;
     assert!(!path(&vmm).exists(), "a monitor that ends in good order takes its socket with it");

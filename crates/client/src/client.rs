@@ -183,17 +183,25 @@ impl Client {
     }
 
     /// Sends `request` on the kept connection. Where the monitor has closed it, sends it on a new
-    /// one, if it cannot be carried out twice.
+    /// one, if it was not sent, or if to repeat it is harmless.
     fn exchange(&mut self, request: &Request<'_>) -> Result<Response, Error> {
         let bytes = request.bytes();
+        let mut sent_before = false;
         if let Some(connection) = self.connection.take() {
             match self.exchange_on(connection, &bytes, request.limit) {
                 Err(Error::Closed { request_sent })
-                    if !request_sent || request.repeat == Repeat::Harmless => {}
+                    if !request_sent || request.repeat == Repeat::Harmless =>
+                {
+                    sent_before = request_sent;
+                }
                 result => return result,
             }
         }
-        let connection = self.connect()?;
+        let connection = match self.connect() {
+            // The first connection may have delivered it.
+            Err(Error::Connect { .. }) if sent_before => return Err(Error::Closed { request_sent: true }),
+            connected => connected?,
+        };
         self.exchange_on(connection, &bytes, request.limit)
     }
 

@@ -50,7 +50,10 @@ impl Connection {
     ///
     /// After an error the connection is not usable any more.
     pub fn exchange(&mut self, request: &[u8], limit: Duration) -> Result<Response, Error> {
-        let timer = Timer { limit, deadline: Instant::now() + limit };
+        // A limit that is too long for a clock is a day.
+        let now = Instant::now();
+        let deadline = now.checked_add(limit).unwrap_or(now + Duration::from_hours(24));
+        let timer = Timer { limit, deadline };
         match self.send(request, &timer) {
             Ok(()) => self.receive(true, &timer),
             // The monitor closes the connection after some refusals, before it has read all. Its

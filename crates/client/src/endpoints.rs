@@ -130,9 +130,11 @@ impl Client {
         self.set("PATCH", "/mmds", patch)
     }
 
-    /// Sends a part of the configuration. To send it again changes nothing.
+    /// Sends a part of the configuration. A `PUT` again changes nothing; a `PATCH` may fill a token
+    /// bucket again, or replace a disk again.
     fn set(&mut self, method: &'static str, path: &str, body: &impl Serialize) -> Result<(), Error> {
-        self.tell(&self.request(method, path, Repeat::Harmless).with_body(body)?)
+        let repeat = if method == "PUT" { Repeat::Harmless } else { Repeat::Never };
+        self.tell(&self.request(method, path, repeat).with_body(body)?)
     }
 }
 
@@ -203,7 +205,7 @@ impl Client {
     }
 
     fn set_state(&mut self, state: VmState) -> Result<(), Error> {
-        let request = self.request("PATCH", "/vm", Repeat::Harmless).with_body(&Vm { state })?;
+        let request = self.request("PATCH", "/vm", Repeat::Never).with_body(&Vm { state })?;
         self.tell(&request.within(self.timeouts().long))
     }
 }

@@ -34,8 +34,7 @@
 //! [`Client`] keeps one connection and uses it for all requests: the monitor answers 503 to the
 //! eleventh. Where the monitor has closed it, the client connects again and repeats the request,
 //! but only if no byte of it was sent, or if repeating it changes nothing: each `GET`, and each
-//! `PUT` or `PATCH` of a configuration. [`Client::start`], [`Client::fork`],
-//! [`Client::create_snapshot`] and the like are never carried out twice.
+//! `PUT` of a configuration. Every other request is carried out once at most.
 //!
 //! # Errors
 //!

@@ -95,9 +95,11 @@ impl Response {
         (200..300).contains(&self.status)
     }
 
-    /// Whether the monitor keeps the connection open after this response.
+    /// Whether another request can follow on the connection: the monitor keeps it open, and this
+    /// response is not an interim one (1xx), which another follows.
     pub fn keeps_connection(&self) -> bool {
-        !self.header("Connection").is_some_and(|value| value.eq_ignore_ascii_case("close"))
+        self.status >= 200
+            && !self.header("Connection").is_some_and(|value| value.eq_ignore_ascii_case("close"))
     }
 
     /// The reason of a refusal: `fault_message` of the API, or `error` of the protocol below it.

@@ -4,6 +4,7 @@ use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
 
+use crate::checks;
 use crate::error::ConfigError;
 use crate::limits::MAX_BOOT_ARGS_LEN;
 
@@ -17,9 +18,11 @@ pub const DEFAULT_BOOT_ARGS: &str =
 #[serde(deny_unknown_fields)]
 pub struct BootSource {
     /// The kernel: an ELF `vmlinux` or a `bzImage`.
+    #[cfg_attr(feature = "schema", schemars(regex(pattern = crate::schema::PATH)))]
     pub kernel_image_path: PathBuf,
     /// The initrd, if any.
     #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[cfg_attr(feature = "schema", schemars(regex(pattern = crate::schema::PATH)))]
     pub initrd_path: Option<PathBuf>,
     /// Kernel command line; [`DEFAULT_BOOT_ARGS`] if absent. With a final NUL at most
     /// [`MAX_BOOT_ARGS_LEN`] bytes.
@@ -36,6 +39,8 @@ impl BootSource {
 
     /// Checks bounds.
     pub fn check(&self) -> Result<(), ConfigError> {
+        checks::path("kernel_image_path", &self.kernel_image_path)?;
+        self.initrd_path.iter().try_for_each(|path| checks::path("initrd_path", path))?;
         let Some(args) = &self.boot_args else { return Ok(()) };
         if args.len() >= MAX_BOOT_ARGS_LEN {
             return Err(ConfigError::BootArgsTooLong { len: args.len() });

@@ -85,7 +85,8 @@ fn string_end(text: &[u8], mut at: usize) -> usize {
     text.len()
 }
 
-/// `a.b[2].c`.
+/// `a.b[2].c`. It ends with `mmds`: what is in the metadata of a fork's child may be secret, and
+/// errors are logged.
 fn path(levels: &[Level]) -> String {
     let mut path = String::new();
     for level in levels {
@@ -95,6 +96,9 @@ fn path(levels: &[Level]) -> String {
                     path.push('.');
                 }
                 path.push_str(key);
+                if key == "mmds" {
+                    break;
+                }
             }
             Level::Object { key: None } => {}
             Level::Array { index } => path.extend(["[", &index.to_string(), "]"]),
@@ -150,6 +154,12 @@ mod tests {
         assert!(text.starts_with("missing field `mem_size_mib`"), "{text}");
         let text = refused::<MachineConfig>(r#"{"vcpu_count":2,"colour":1,"mem_size_mib":1}"#);
         assert!(text.starts_with("unknown field `colour`"), "{text}");
+    }
+
+    #[test]
+    fn metadata_is_not_named() {
+        let text = refused::<crate::Fork>(r#"{"children":[{"id":"a","mmds":{"secret":{"a" 1}}}]}"#);
+        assert!(text.starts_with("children[0].mmds: ") && !text.contains("secret"), "{text}");
     }
 
     #[test]

@@ -4,6 +4,9 @@ use std::{fmt, path::PathBuf, str::FromStr};
 
 use serde::{Deserialize, Serialize, de};
 
+use crate::checks;
+use crate::error::ConfigError;
+
 /// Settings of the monitor's log.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
@@ -11,6 +14,7 @@ use serde::{Deserialize, Serialize, de};
 pub struct Logger {
     /// A file (created if missing) or a named pipe; unchanged if absent.
     #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[cfg_attr(feature = "schema", schemars(regex(pattern = crate::schema::PATH)))]
     pub log_path: Option<PathBuf>,
     /// Least severe level that is logged. If absent, `Info`, whatever it was before.
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -25,6 +29,25 @@ pub struct Logger {
     /// Prefix of the module paths whose lines are logged; all if absent.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub module: Option<String>,
+}
+
+impl Logger {
+    /// Checks that the kernel can take the path.
+    pub fn check(&self) -> Result<(), ConfigError> {
+        self.log_path.iter().try_for_each(|path| checks::path("log_path", path))
+    }
+
+    /// The settings after this change of `before`: absent fields stay, but for the level.
+    #[must_use]
+    pub fn after(self, before: Logger) -> Logger {
+        Logger {
+            log_path: self.log_path.or(before.log_path),
+            level: self.level,
+            show_level: self.show_level.or(before.show_level),
+            show_log_origin: self.show_log_origin.or(before.show_log_origin),
+            module: self.module.or(before.module),
+        }
+    }
 }
 
 /// Severity of a log line. Read in any mix of upper and lower case. `Warn` and `Warning` are the

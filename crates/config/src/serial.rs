@@ -4,6 +4,7 @@ use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
 
+use crate::checks;
 use crate::error::ConfigError;
 use crate::token_bucket::TokenBucket;
 
@@ -14,6 +15,7 @@ use crate::token_bucket::TokenBucket;
 pub struct Serial {
     /// A file (created if missing) or a named pipe; standard output if absent.
     #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[cfg_attr(feature = "schema", schemars(regex(pattern = crate::schema::PATH)))]
     pub serial_out_path: Option<PathBuf>,
     /// Limit on the bytes that the guest writes; none if absent. Bytes above it are dropped and
     /// counted.
@@ -24,6 +26,7 @@ pub struct Serial {
 impl Serial {
     /// Checks bounds.
     pub fn check(&self) -> Result<(), ConfigError> {
+        self.serial_out_path.iter().try_for_each(|path| checks::path("serial_out_path", path))?;
         self.rate_limiter.as_ref().map_or(Ok(()), TokenBucket::check)
     }
 }

@@ -75,6 +75,7 @@ impl VmConfig {
     pub fn check(&self) -> Result<(), ConfigError> {
         self.boot_source.check()?;
         self.machine_config.check()?;
+        self.logger.as_ref().map_or(Ok(()), Logger::check)?;
         self.metrics.as_ref().map_or(Ok(()), Metrics::check)?;
         self.cpu_config.as_ref().map_or(Ok(()), CpuConfigSource::check)?;
         self.serial.as_ref().map_or(Ok(()), Serial::check)?;

@@ -189,11 +189,13 @@ impl<H: Host> Controller<H> {
             }
             Command::PutBootSource(source) => self.set_boot_source(source)?,
             Command::PutLogger(logger) => {
+                logger.check()?;
                 tasks.host.set_up_logger(&logger).map_err(|source| CommandError::Log {
                     path: logger.log_path.clone().unwrap_or_default(),
                     source,
                 })?;
-                vm.backends.settings.logger = Some(logger);
+                let before = vm.backends.settings.logger.take().unwrap_or_default();
+                vm.backends.settings.logger = Some(logger.after(before));
             }
             Command::PutMetrics(config) => {
                 config.check()?;
@@ -293,9 +295,7 @@ impl<H: Host> Controller<H> {
 
     /// Reads how far the live snapshot is, and publishes it if there is something new.
     pub fn publish_snapshot_job(&mut self) {
-        if let Some(news) = self.vm.live_snapshot.as_mut().and_then(LiveSnapshotJob::news) {
-            self.publish(&Event::Snapshot(news));
-        }
+        self.vm.publish_snapshot_job();
     }
 
     /// Waits at most `limit` until the guest's serial output is written.
@@ -335,6 +335,7 @@ impl<H: Host> Controller<H> {
     }
 
     fn set_boot_source(&mut self, source: BootSource) -> Result<(), CommandError> {
+        source.check()?;
         self.boot_files = Some(boot::open_boot_source(&self.vm, &mut self.tasks, &source)?);
         self.vm.backends.settings.boot_source = Some(source);
         Ok(())

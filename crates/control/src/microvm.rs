@@ -13,7 +13,7 @@ use machine::machine::Machine;
 use virtio::rate_limiter::RateLimiterConfig;
 
 use crate::backends::Backends;
-use crate::events::EventLog;
+use crate::events::{Event, EventLog};
 use crate::instance::to_json;
 use crate::lifecycle::Lifecycle;
 use crate::live_snapshot::LiveSnapshotJob;
@@ -85,6 +85,13 @@ impl MicroVm {
     pub(crate) fn keep_debugger_out(&self) -> Result<Option<KeptOut>, CommandError> {
         let machine = self.lifecycle.machine();
         Ok(machine.map(Machine::keep_debugger_out).transpose()?.flatten())
+    }
+
+    /// Reads how far the live snapshot is, and publishes it if there is something new.
+    pub(crate) fn publish_snapshot_job(&mut self) {
+        if let Some(news) = self.live_snapshot.as_mut().and_then(LiveSnapshotJob::news) {
+            self.events.publish(&Event::Snapshot(news));
+        }
     }
 
     /// Resumes the guest, if it is paused.

@@ -15,7 +15,7 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 
 use control::api::{ApiServer, Requests};
-use control::events::EventLog;
+use control::events::{Event, EventLog, ExitReason};
 use control::fork::{ChildSpec, ForkPlan, ParentState};
 use control::{Controller, Instance};
 use machine::event_channel;
@@ -99,14 +99,16 @@ fn run_one(mut spec: ChildSpec, parent: ParentState) -> ExitCode {
         }
     };
     let (reporter, started) =
-        Controller::start_child(ProcessHost::new(run), instance, spec, parent, sink, events);
+        Controller::start_child(ProcessHost::new(run), instance, spec, parent, sink, events.clone());
     let controller = match started {
         Ok(controller) => controller,
         Err(error) => {
             log::error!("{error}");
             reporter.report(Err(&error));
             last_line::write();
-            return ExitCode::Generic;
+            let (reason, code) = (ExitReason::Error(error.to_string()), ExitCode::Generic);
+            events.publish(&Event::Exit { reason, code: code as i32 });
+            return code;
         }
     };
     reporter.report(Ok(()));

@@ -55,13 +55,16 @@ extern "C" fn on_fatal(signal: libc::c_int, info: *mut libc::siginfo_t, context:
     line.push(name.as_bytes());
     line.push(b") ended this monitor: thread ");
     line.push(thread_name(&mut [0; 16]));
-    if let Some(fault) = fault {
+    if let Some(fault) = &fault {
         fault.describe(&mut line);
     }
     line.push(b"; exit_code=");
     line.push_number(u64::from((code as i32).unsigned_abs()));
     line.push(b"\n");
-    counts::signal(signal);
+    // A SIGSYS that a process sent is no forbidden system call.
+    if signal != libc::SIGSYS || fault.is_some() {
+        counts::signal(signal);
+    }
     crash_report::write(line.as_bytes());
     last_line::write_short();
     signals::exit_now(code)

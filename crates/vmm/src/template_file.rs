@@ -1,8 +1,8 @@
 //! CPU templates in files: where the section `cpu-config` of a configuration file is a path, and
 //! for the [tools](crate::cpu_template_tool).
 
-use std::fs;
-use std::io;
+use std::fs::File;
+use std::io::{self, Read};
 use std::path::{Path, PathBuf};
 
 use config::{ConfigError, CpuConfig, CpuConfigSource, VmConfig};
@@ -18,10 +18,25 @@ pub(crate) enum TemplateFileError {
     Bounds { path: PathBuf, source: ConfigError },
 }
 
+/// Longest file with a template, in bytes: many times what [`config::MAX_TEMPLATE_ENTRIES`] need.
+const MAX_FILE: u64 = 16 << 20;
+
+/// Reads a file or pipe of at most [`MAX_FILE`] bytes.
+fn read_bounded(path: &Path) -> io::Result<Vec<u8>> {
+    let mut text = Vec::new();
+    if File::open(path)?.take(MAX_FILE + 1).read_to_end(&mut text)? as u64 > MAX_FILE {
+        return Err(io::Error::new(
+            io::ErrorKind::FileTooLarge,
+            format!("it has more than {MAX_FILE} bytes"),
+        ));
+    }
+    Ok(text)
+}
+
 /// Reads and checks a template.
 pub(crate) fn read(path: &Path) -> Result<CpuConfig, TemplateFileError> {
     let path = || path.to_owned();
-    let text = fs::read(path()).map_err(|source| TemplateFileError::Read { path: path(), source })?;
+    let text = read_bounded(&path()).map_err(|source| TemplateFileError::Read { path: path(), source })?;
     let template: CpuConfig =
         serde_json::from_slice(&text).map_err(|source| TemplateFileError::Json { path: path(), source })?;
     template.check().map_err(|source| TemplateFileError::Bounds { path: path(), source })?;

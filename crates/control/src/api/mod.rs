@@ -92,8 +92,8 @@ impl ApiServer {
     }
 
     /// Starts the thread, which inherits the signal mask of the caller, describes `instance` and
-    /// streams `events` to clients that ask for them. Fails if the process or the host is out of descriptors, memory or
-    /// threads.
+    /// streams `events` to clients that ask for them. Fails if the process or the host is out of
+    /// descriptors, memory or threads.
     pub fn spawn(self, instance: Arc<Instance>, events: EventLog) -> io::Result<Requests> {
         let (mut requests, outbox) = channel::channel(self.socket_file, &events)?;
         let server = server::Server::new(self.listener, outbox, (instance, events), self.limits)?;

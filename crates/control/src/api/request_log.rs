@@ -123,7 +123,9 @@ enum Shown<'a> {
 
 impl Shown<'_> {
     fn of(request: &Request) -> Shown<'_> {
-        let mut segments = request.path.split('/').filter(|segment| !segment.is_empty());
+        // A query or fragment makes the path none of an endpoint, but the body may be the same.
+        let segments = request.path.split('/').filter_map(|segment| segment.split(['?', '#']).next());
+        let mut segments = segments.filter(|segment| !segment.is_empty());
         let body = request.body.as_slice();
         match (segments.next(), segments.next()) {
             _ if body.is_empty() => Shown::Nothing,
@@ -178,6 +180,8 @@ mod tests {
             ("/mmds", ""),
             ("//mmds/", ""),
             ("/mmds//x", ""),
+            ("/mmds?x", ""),
+            ("/fork#x", ""),
             ("/fork", ""),
         ] {
             assert_eq!(shown(path, br#"{"a":"b\n"}"#), wanted, "{path}");

@@ -7,6 +7,7 @@
 //! A body must have the fields and types of its struct. The owner of what a command changes checks
 //! bounds, after the phase: so a request in the wrong phase says so, whatever its values.
 
+use config::json_error::describe;
 use config::{
     Action, ActionType, ConfigError, Drive, DriveError, DriveUpdate, Fork, IdError, Logger, MachineConfig,
     MachineConfigUpdate, MmdsConfig, MmdsVersion, NetworkError, NetworkInterface, NetworkInterfaceUpdate,
@@ -290,7 +291,9 @@ fn body<T: DeserializeOwned>(request: &Request) -> Result<T, RouteError> {
         return Err(RouteError::MissingBody { method, path });
     }
     serde_json::from_slice(&request.body).map_err(|error| {
-        let reason = config::json_error::describe(&request.body, &error);
+        // The log has the reason. Names of metadata may be secret.
+        let is_metadata = path.trim_start_matches('/').starts_with("mmds");
+        let reason = if is_metadata { error.to_string() } else { describe(&request.body, &error) };
         RouteError::BadBody { method, path, reason }
     })
 }

@@ -7,6 +7,7 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use memory::image::Observer;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::pipe::{PipeFlags, pipe_with};
 use serde::{Deserialize, Serialize};
@@ -84,19 +85,25 @@ impl Reports {
     }
 
     /// Waits for the reports of `count` children. Stops once no child is left that could report,
-    /// `token` is cancelled, or `timeout` is over. Returns the reports by number; `None` for
-    /// children that did not report.
-    pub(crate) fn collect(self, count: usize, timeout: Duration, token: &Token) -> Vec<Option<Report>> {
+    /// `token` is cancelled, or `timeout` is over. Returns the reports by number, `None` for
+    /// children that did not report, and whether it gave up because `token` was cancelled.
+    pub(crate) fn collect(
+        self,
+        count: usize,
+        timeout: Duration,
+        token: &Token,
+    ) -> (Vec<Option<Report>>, bool) {
         // This process's write end is closed, so that the pipe ends with the last child.
         drop(self.write);
         let deadline = Instant::now() + timeout;
         let mut reports = vec![None; count];
         let mut lines = BufReader::new(File::from(self.pipe));
-        let mut left = count;
+        let (mut left, mut ended) = (count, false);
         while left > 0 && (!lines.buffer().is_empty() || is_readable(lines.get_ref(), deadline, token)) {
             let mut text = String::new();
             // Lines arrive whole.
             if lines.read_line(&mut text).unwrap_or(0) == 0 {
+                ended = true;
                 break;
             }
             let Ok(line) = serde_json::from_str::<Line>(&text) else { continue };
@@ -105,7 +112,7 @@ impl Reports {
                 left -= 1;
             }
         }
-        reports
+        (reports, left > 0 && !ended && token.cancelled())
     }
 }
 
@@ -134,7 +141,8 @@ mod tests {
         reports.reporter(0).report(Ok(()));
         drop(reports.reporter(1));
         reports.reporter(2).report(Err(&"x".repeat(100_000)));
-        let got = reports.collect(3, LONG, &Token::new().unwrap());
+        let (got, cancelled) = reports.collect(3, LONG, &Token::new().unwrap());
+        assert!(!cancelled);
         assert_eq!(got[0].as_ref().unwrap().error, None);
         assert_eq!(got[1], None);
         assert!(got[2].as_ref().unwrap().error.as_ref().unwrap().starts_with("xxx"));
@@ -144,7 +152,7 @@ mod tests {
     fn child_that_hangs_is_waited_for_until_the_timeout() {
         let reports = Reports::new().unwrap();
         let _hangs = reports.reporter(0);
-        assert_eq!(reports.collect(1, Duration::ZERO, &Token::new().unwrap()), [None]);
+        assert_eq!(reports.collect(1, Duration::ZERO, &Token::new().unwrap()), (vec![None], false));
     }
 
     #[test]
@@ -154,7 +162,8 @@ mod tests {
         reports.reporter(1).report(Ok(()));
         let token = Token::new().unwrap();
         token.cancel();
-        let got = reports.collect(2, LONG, &token);
+        let (got, cancelled) = reports.collect(2, LONG, &token);
         assert!(got[0].is_none() && got[1].is_some(), "a report that has arrived counts");
+        assert!(cancelled);
     }
 }

@@ -121,8 +121,8 @@ fn fork_children<H: Host>(
 
     let count = fork.children.len();
     let reports = tasks.run_committing(vm, None, move |token| reports.collect(count, START_TIMEOUT, token));
-    let reports = match reports {
-        Ok(reports) => reports,
+    let (reports, cancelled) = match reports {
+        Ok(collected) => collected,
         Err(error) => {
             // The children exist, and the files are theirs.
             for files in files {
@@ -142,7 +142,7 @@ fn fork_children<H: Host>(
     let stats = vm.metrics.operations();
     stats.children_started.add(started as u64);
     stats.children_failed.add((count - started) as u64);
-    let answer = answer(fork, &reports, begin, paused_for)?;
+    let answer = answer(fork, &reports, cancelled, (begin, paused_for))?;
     vm.events.publish(&Event::Forked(answer.clone()));
     Ok(Reply::Json(answer))
 }
@@ -193,12 +193,12 @@ fn fork_paused<H: Host>(
 }
 
 /// The answer to the user: how long the guest was paused, and each child or its error. An error if
-/// no child lives.
+/// no child lives, unless the wait for them was `cancelled`.
 fn answer(
     fork: &Fork,
     reports: &[Option<Report>],
-    begin: Instant,
-    paused_for: Duration,
+    cancelled: bool,
+    (begin, paused_for): (Instant, Duration),
 ) -> Result<serde_json::Value, CommandError> {
     let micros = |time: Duration| u64::try_from(time.as_micros()).unwrap_or(u64::MAX);
     let mut living = 0;
@@ -217,6 +217,9 @@ fn answer(
                 };
             }
             Some(Report { error: Some(error), .. }) => error.clone(),
+            None if cancelled => {
+                "this microVM was asked to end before the child had reported; it may run".to_owned()
+            }
             None => {
                 let timeout = START_TIMEOUT.as_secs();
                 format!("it ended before it started, or did not start within {timeout} s")
@@ -227,7 +230,7 @@ fn answer(
     });
     let children: Vec<_> = children.collect();
     match first_error {
-        Some(error) if living == 0 => Err(error),
+        Some(error) if living == 0 && !cancelled => Err(error),
         _ => serde_json::to_value(ForkOutcome { pause_us: micros(paused_for), children })
             .map_err(CommandError::Json),
     }

@@ -62,6 +62,8 @@ pub(super) struct HeadLines {
 /// The body of a request, as far as the headers read so far say.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Body {
+    /// No header says that there is one.
+    None,
     Length(u64),
     Chunks,
     /// The headers contradict each other.
@@ -86,7 +88,7 @@ impl Skip {
             at_request_line: true,
             in_long_line: false,
             expects_continue: false,
-            body: Body::Length(0),
+            body: Body::None,
         })
     }
 
@@ -115,6 +117,7 @@ impl Skip {
             }
             Skip::Head(head) => match head.step(input) {
                 Ok(None) => {}
+                Ok(Some(Body::None)) => *self = Skip::Body(0),
                 Ok(Some(Body::Length(len))) => *self = Skip::Body(len),
                 Ok(Some(Body::Chunks)) => *self = Skip::ChunkSize,
                 Ok(Some(Body::Unclear)) => return Some(Skipped::Lost),
@@ -167,7 +170,8 @@ impl HeadLines {
             return Ok(None);
         }
         if line.is_empty() {
-            let maybe_unsent = self.expects_continue && self.body != Body::Length(0);
+            let has_body = !matches!(self.body, Body::None | Body::Length(0));
+            let maybe_unsent = self.expects_continue && has_body;
             return Ok(Some(if maybe_unsent { Body::Unclear } else { self.body }));
         }
         if is_request_line(line) {
@@ -184,11 +188,12 @@ impl HeadLines {
         let is = |other: &str| name.eq_ignore_ascii_case(other.as_bytes());
         if is("Content-Length") {
             self.body = match (decimal(value), self.body) {
-                (Some(len), Body::Length(before)) if before == 0 || before == len => Body::Length(len),
+                (Some(len), Body::None) => Body::Length(len),
+                (Some(len), Body::Length(before)) if before == len => Body::Length(len),
                 _ => Body::Unclear,
             };
         } else if is("Transfer-Encoding") && !value.eq_ignore_ascii_case(b"identity") {
-            let chunked = value.eq_ignore_ascii_case(b"chunked") && self.body == Body::Length(0);
+            let chunked = value.eq_ignore_ascii_case(b"chunked") && self.body == Body::None;
             self.body = if chunked { Body::Chunks } else { Body::Unclear };
         } else if is("Expect") {
             self.expects_continue = true;
@@ -276,9 +281,12 @@ mod tests {
             let (skipped, left) = skip(Skip::head(100), head);
             assert_eq!((skipped, left.as_str()), (Skipped::All, rest), "{head}");
         }
-        for unclear in
-            ["Content-Length: 1\r\nContent-Length: 2", "Content-Length: x", "Transfer-Encoding: gzip"]
-        {
+        for unclear in [
+            "Content-Length: 1\r\nContent-Length: 2",
+            "Content-Length: 0\r\nContent-Length: 2",
+            "Content-Length: x",
+            "Transfer-Encoding: gzip",
+        ] {
             assert_eq!(skip(Skip::head(100), &format!("x\r\n{unclear}\r\n\r\n")).0, Skipped::Lost);
         }
         let may_be_unsent = "x\r\nExpect: 100-continue\r\nContent-Length: 1\r\n\r\n";

@@ -46,6 +46,8 @@ pub(crate) fn create<H: Host>(
     if vm.live_snapshot.as_mut().is_some_and(LiveSnapshotJob::is_running) {
         return Err(CommandError::SnapshotJobRunning);
     }
+    // The end of the last job, before another one takes its place.
+    vm.publish_snapshot_job();
     if !create.live && vm.lifecycle.paused().is_none() {
         return Err(CommandError::SnapshotNotPaused { phase: vm.lifecycle.phase().name() });
     }

@@ -11,12 +11,14 @@
 //!
 //! # What the host must have
 //!
-//! Each leaf that the template changes, each feature that it shows to the guest, and each MSR.
-//! KVM would accept a feature that the CPU lacks, and the guest would die of its first use. A
-//! template of [`static_templates`](super::static_templates) is also bound to a vendor, and T2CL to
-//! models from Cascade Lake on.
+//! Each leaf that the template changes, each feature that it shows to the guest, and each MSR. KVM
+//! would accept a feature that the CPU lacks, and the guest would die of its first use. A template
+//! of [`static_templates`](super::static_templates) is also bound to the models for which it was
+//! made: elsewhere it would show mitigations that the CPU lacks, and leave features that no other
+//! host of the fleet has.
 
 use std::borrow::Cow;
+use std::ops::RangeInclusive;
 
 use config::{CpuConfig, CpuTemplate, CpuidModifier, CpuidRegister, MachineConfig};
 use kvm_bindings::kvm_cpuid_entry2;
@@ -99,58 +101,56 @@ struct Fit {
     template: CpuTemplate,
     name: &'static str,
     vendor: &'static str,
-    /// The oldest CPU that takes it, as leaf 1 shows it.
-    oldest: u32,
-    /// Family and first and last model of the CPUs on which it is known to be right.
-    known: &'static [(u32, u32, u32)],
+    models: &'static [Model],
     text: &'static str,
 }
 
-/// Leaf 1, eax, without the processor type: higher is newer.
-const SIGNATURE: u32 = 0x0fff_0fff;
-const CASCADE_LAKE: u32 = 0x5_0657;
-const SKYLAKE_AND_CASCADE_LAKE: (u32, u32, u32) = (6, 0x55, 0x55);
-const ICE_LAKE: (u32, u32, u32) = (6, 0x6a, 0x6a);
+/// CPUs of one model.
+struct Model {
+    family: u32,
+    models: RangeInclusive<u32>,
+    steppings: RangeInclusive<u32>,
+}
+
+const SKYLAKE: Model = Model { family: 6, models: 0x55..=0x55, steppings: 0..=4 };
+const CASCADE_LAKE: Model = Model { family: 6, models: 0x55..=0x55, steppings: 5..=7 };
+const ICE_LAKE: Model = Model { family: 6, models: 0x6a..=0x6a, steppings: 0..=15 };
+const MILAN: Model = Model { family: 0x19, models: 0x0..=0xf, steppings: 0..=15 };
 
 const FITS: [Fit; 5] = [
     Fit {
         template: CpuTemplate::C3,
         name: "C3",
         vendor: "GenuineIntel",
-        oldest: 0,
-        known: &[SKYLAKE_AND_CASCADE_LAKE, ICE_LAKE],
+        models: &[SKYLAKE, CASCADE_LAKE, ICE_LAKE],
         text: "Intel Skylake, Cascade Lake and Ice Lake",
     },
     Fit {
         template: CpuTemplate::T2,
         name: "T2",
         vendor: "GenuineIntel",
-        oldest: 0,
-        known: &[SKYLAKE_AND_CASCADE_LAKE, ICE_LAKE],
+        models: &[SKYLAKE, CASCADE_LAKE, ICE_LAKE],
         text: "Intel Skylake, Cascade Lake and Ice Lake",
     },
     Fit {
         template: CpuTemplate::T2S,
         name: "T2S",
         vendor: "GenuineIntel",
-        oldest: 0,
-        known: &[SKYLAKE_AND_CASCADE_LAKE],
+        models: &[SKYLAKE, CASCADE_LAKE],
         text: "Intel Skylake and Cascade Lake",
     },
     Fit {
         template: CpuTemplate::T2CL,
         name: "T2CL",
         vendor: "GenuineIntel",
-        oldest: CASCADE_LAKE,
-        known: &[SKYLAKE_AND_CASCADE_LAKE, ICE_LAKE],
+        models: &[CASCADE_LAKE, ICE_LAKE],
         text: "Intel Cascade Lake and Ice Lake",
     },
     Fit {
         template: CpuTemplate::T2A,
         name: "T2A",
         vendor: "AuthenticAMD",
-        oldest: 0,
-        known: &[(0x19, 0x0, 0xf)],
+        models: &[MILAN],
         text: "AMD Milan",
     },
 ];
@@ -177,14 +177,9 @@ impl<'a> Template<'a> {
         let fit = machine.cpu_template.and_then(|template| FITS.iter().find(|fit| fit.template == template));
         let Some(fit) = fit else { return Ok(None) };
         let cpu = HostCpu::of(host);
-        if cpu.vendor != fit.vendor || cpu.signature & SIGNATURE < fit.oldest {
+        if cpu.vendor != fit.vendor || !fit.models.iter().any(|model| cpu.is(model)) {
             let (template, fits) = (fit.name, fit.text);
             return Err(TemplateError::Host { template, host: cpu.to_string(), fits });
-        }
-        let (family, model) = cpu.family_and_model();
-        if !fit.known.iter().any(|(known, first, last)| family == *known && (*first..=*last).contains(&model))
-        {
-            log::warn!("cpu_template {}: it is made for {}; this host's CPU is {cpu}", fit.name, fit.text);
         }
         Ok(Some(Template { name: fit.name, changes: Cow::Owned(static_template(fit.template)) }))
     }
@@ -307,6 +302,15 @@ impl HostCpu {
         }
     }
 
+    fn is(&self, known: &Model) -> bool {
+        let (family, model) = self.family_and_model();
+        family == known.family && known.models.contains(&model) && known.steppings.contains(&self.stepping())
+    }
+
+    fn stepping(&self) -> u32 {
+        self.signature & 0xf
+    }
+
     /// Family and model, as the vendors number them.
     fn family_and_model(&self) -> (u32, u32) {
         let field = |at: u32, bits: u32| self.signature >> at & ((1 << bits) - 1);
@@ -319,8 +323,7 @@ impl HostCpu {
 impl std::fmt::Display for HostCpu {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         let (family, model) = self.family_and_model();
-        let stepping = self.signature & 0xf;
-        write!(f, "{} family {family:#x} model {model:#x} stepping {stepping}", self.vendor)
+        write!(f, "{} family {family:#x} model {model:#x} stepping {}", self.vendor, self.stepping())
     }
 }
 
