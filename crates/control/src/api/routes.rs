@@ -292,7 +292,9 @@ fn body<T: DeserializeOwned>(request: &Request) -> Result<T, RouteError> {
     }
     serde_json::from_slice(&request.body).map_err(|error| {
         // The log has the reason. Names of metadata may be secret.
-        let is_metadata = path.trim_start_matches('/').starts_with("mmds");
+        let segments = path.trim_start_matches('/');
+        let is_config = request.method == Method::Put && segments.starts_with("mmds/config");
+        let is_metadata = segments.starts_with("mmds") && !is_config;
         let reason = if is_metadata { error.to_string() } else { describe(&request.body, &error) };
         RouteError::BadBody { method, path, reason }
     })
