@@ -13,7 +13,8 @@
 //! - [`logger`], [`terminal`], [`descriptors`]: what the process has. [`readiness`]: tells a
 //!   launcher when it is ready.
 //! - [`snapshot_tool`], [`overlay_tool`]: the tools that read and merge snapshots, and that read
-//!   and export overlay files. They start no microVM.
+//!   and export overlay files. They start no microVM. [`tool_end`]:
+//!   how they end.
 //! - [`cpu_template_tool`], [`template_file`]: the tools for CPU templates, and templates in files.
 //!
 //! # The end of the process
@@ -52,6 +53,7 @@ mod snapshot_tool;
 mod subprocess;
 mod template_file;
 mod terminal;
+mod tool_end;
 mod writer;
 
 use std::fs;

@@ -12,7 +12,6 @@ use std::process::ExitCode;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
-use lexopt::prelude::*;
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 use vesta_tests::api::ApiClient;
@@ -22,7 +21,7 @@ use vesta_tests::vmm::{Vmm, VmmBuilder};
 use super::common::{check_runs, describe, files, kind_for_null_guests, on_host, today};
 use super::measure::BOOT_TIMER;
 use super::monitor::Monitor;
-use super::peers::Peers;
+use super::peers::peers_and_runs;
 use super::rounds::{Entry, Values, interleaved};
 use super::table::median;
 use crate::host::emulated::Emulated;
@@ -54,15 +53,7 @@ struct RunSpec {
 
 /// `cargo xtask bench api [--runs N] [PEERS]`.
 pub(super) fn command(parser: &mut lexopt::Parser) -> Result<ExitCode> {
-    let (mut peers, mut runs) = (Peers::default(), 11);
-    while let Some(arg) = parser.next()? {
-        match arg {
-            Long("peer") => peers.add(parser.value()?),
-            Long("no-peers") => peers.only_named(),
-            Long("runs") => runs = parser.value()?.parse()?,
-            _ => return Err(arg.unexpected().into()),
-        }
-    }
+    let (peers, runs) = peers_and_runs(parser, 11)?;
     check_runs(runs, FEWEST_RUNS)?;
     say!("building vesta-vmm");
     let monitors = peers.with_vesta()?;

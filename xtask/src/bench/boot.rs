@@ -8,7 +8,6 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 
 use anyhow::Result;
-use lexopt::prelude::*;
 use serde::{Deserialize, Serialize};
 use vesta_tests::elf::null_guest_of_any_monitor;
 use vesta_tests::guest::{BOOT_ARGS, Guest};
@@ -17,7 +16,7 @@ use vesta_tests::initramfs::Initramfs;
 use super::common::{check_runs, describe, files, kind_for_null_guests, on_host, today};
 use super::measure::{BootSample, INIT, Milestone, boot_once};
 use super::monitor::{Monitor, MonitorKind};
-use super::peers::Peers;
+use super::peers::peers_and_runs;
 use super::rounds::{Entry, interleaved};
 use crate::host::emulated::Emulated;
 use crate::host::{self, Outcome};
@@ -43,15 +42,7 @@ const FEWEST_RUNS: usize = 11;
 
 /// `cargo xtask bench boot [--runs N] [PEERS]`.
 pub(super) fn command(parser: &mut lexopt::Parser) -> Result<ExitCode> {
-    let (mut peers, mut runs) = (Peers::default(), FEWEST_RUNS);
-    while let Some(arg) = parser.next()? {
-        match arg {
-            Long("peer") => peers.add(parser.value()?),
-            Long("no-peers") => peers.only_named(),
-            Long("runs") => runs = parser.value()?.parse()?,
-            _ => return Err(arg.unexpected().into()),
-        }
-    }
+    let (peers, runs) = peers_and_runs(parser, FEWEST_RUNS)?;
     check_runs(runs, FEWEST_RUNS)?;
     say!("building vesta-vmm");
     let mut monitors = peers.with_vesta()?;

@@ -5,6 +5,7 @@ use std::ffi::OsString;
 use std::path::PathBuf;
 
 use anyhow::{Context, Result};
+use lexopt::prelude::*;
 
 use super::monitor::{Monitor, MonitorKind};
 use crate::peers;
@@ -18,6 +19,20 @@ const FIRECRACKER: &str = "firecracker";
 pub(super) struct Peers {
     named: Vec<OsString>,
     none: bool,
+}
+
+/// Reads the options `--runs N`, `runs` by default, and those of peers.
+pub(super) fn peers_and_runs(parser: &mut lexopt::Parser, mut runs: usize) -> Result<(Peers, usize)> {
+    let mut peers = Peers::default();
+    while let Some(arg) = parser.next()? {
+        match arg {
+            Long("peer") => peers.add(parser.value()?),
+            Long("no-peers") => peers.only_named(),
+            Long("runs") => runs = parser.value()?.parse()?,
+            _ => return Err(arg.unexpected().into()),
+        }
+    }
+    Ok((peers, runs))
 }
 
 impl Peers {

@@ -13,11 +13,10 @@ use std::process::ExitCode;
 use std::time::Duration;
 
 use anyhow::Result;
-use lexopt::prelude::*;
 
 use self::common::{FEWEST_RUNS, RunSpec};
 use super::common::{check_runs, describe, files, kind_for_null_guests, on_host, today};
-use super::peers::Peers;
+use super::peers::peers_and_runs;
 use super::serving_guest::ServingGuest;
 use crate::host::emulated::Emulated;
 use crate::host::{self, Outcome};
@@ -27,15 +26,7 @@ use crate::process::say;
 const HOST_TIMEOUT: Duration = Duration::from_mins(30);
 /// `cargo xtask bench snapshot [--peer NAME=PATH]... [--runs N]`.
 pub(super) fn command(parser: &mut lexopt::Parser) -> Result<ExitCode> {
-    let (mut peers, mut runs) = (Peers::default(), 9);
-    while let Some(arg) = parser.next()? {
-        match arg {
-            Long("peer") => peers.add(parser.value()?),
-            Long("no-peers") => peers.only_named(),
-            Long("runs") => runs = parser.value()?.parse()?,
-            _ => return Err(arg.unexpected().into()),
-        }
-    }
+    let (peers, runs) = peers_and_runs(parser, 9)?;
     check_runs(runs, FEWEST_RUNS)?;
     say!("building vesta-vmm and the guest's program");
     let monitors = peers.with_vesta()?;

@@ -103,7 +103,8 @@ impl EventLog {
         }
     }
 
-    /// Sets what is signalled at each event that somebody reads. Only the first call has an effect.
+    /// Sets what is signalled at each event while there is a reader. Only the first call has an
+    /// effect.
     pub(crate) fn set_wake(&self, wake: EventFd) {
         let _ = self.0.wake.set(wake);
     }

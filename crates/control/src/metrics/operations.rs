@@ -9,8 +9,8 @@ use sync::{Counter, Latency};
 use super::report::{Group, Value};
 use crate::Command;
 
-/// An operation of which `latencies_us` has the last duration. A live snapshot is none: it goes on
-/// after its command.
+/// An operation of which `latencies_us` has the last duration. A live snapshot is none: it
+/// continues after its command.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Operation {
     CreateFull,

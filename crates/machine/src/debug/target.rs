@@ -1,7 +1,7 @@
 //! [`Target`]: the guest as the protocol's state machine (`gdbstub`) asks for it.
 //!
-//! vCPU *n* is thread *n* + 1. What KVM refuses is an error for the debugger, which goes on. A vCPU
-//! thread that has died ends the session.
+//! vCPU *n* is thread *n* + 1. What KVM refuses is an error for the debugger, which continues. A
+//! vCPU thread that has died ends the session.
 
 use gdbstub::common::{Signal, Tid};
 use gdbstub::stub::MultiThreadStopReason;

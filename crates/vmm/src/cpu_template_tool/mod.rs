@@ -27,24 +27,16 @@ use std::path::Path;
 use serde::Serialize;
 use snapshot::AtomicFile;
 
-use crate::crash_report;
 use crate::exit::ExitCode;
 use crate::personality::API_VERSION;
 use crate::template_file;
+use crate::tool_end::end_of;
 pub(crate) use command::Tool;
 use error::ToolError;
 
 /// Runs a tool. Errors are on standard error.
 pub(crate) fn run(tool: &Tool) -> ExitCode {
-    match perform(tool) {
-        Ok(()) => ExitCode::Ok,
-        // The reader has closed the pipe, and needs no more.
-        Err(ToolError::Output(e)) if e.kind() == std::io::ErrorKind::BrokenPipe => ExitCode::Ok,
-        Err(error) => {
-            crash_report::to_stderr(format!("Error: {error}\n").as_bytes());
-            ExitCode::Generic
-        }
-    }
+    end_of(perform(tool), ToolError::output)
 }
 
 fn perform(tool: &Tool) -> Result<(), ToolError> {

@@ -4,7 +4,7 @@
 //! At most [`MOST`] lines in any [`WINDOW`] come from one place. The first line over it is replaced
 //! by a notice; the others are counted, and a summary with their count follows once the place may
 //! log again. Nothing waits for that moment: the summary is written before the next line of the
-//! log, whoever writes that, and at the latest when the process ends.
+//! log, from any place, and at the latest when the process ends.
 //!
 //! A place takes memory while it logs. There are as many places as log statements in this program,
 //! so the memory is bounded.

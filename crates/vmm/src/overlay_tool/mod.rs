@@ -21,8 +21,8 @@ use std::path::Path;
 use block::disk::DiskImage;
 use block::overlay::inspect::{OverlayFile, SessionState};
 
-use crate::crash_report;
 use crate::exit::ExitCode;
+use crate::tool_end::end_of;
 use command::BackingFiles;
 pub(crate) use command::Tool;
 use error::ToolError;
@@ -30,15 +30,7 @@ use info::Info;
 
 /// Runs a command. Errors are on standard error.
 pub(crate) fn run(tool: &Tool) -> ExitCode {
-    match perform(tool) {
-        Ok(()) => ExitCode::Ok,
-        // The reader has closed the pipe, and needs no more.
-        Err(ToolError::Output(e)) if e.kind() == std::io::ErrorKind::BrokenPipe => ExitCode::Ok,
-        Err(error) => {
-            crash_report::to_stderr(format!("Error: {error}\n").as_bytes());
-            ExitCode::Generic
-        }
-    }
+    end_of(perform(tool), ToolError::output)
 }
 
 fn perform(tool: &Tool) -> Result<(), ToolError> {

@@ -18,3 +18,10 @@ pub(crate) enum ToolError {
     #[error("cannot write to standard output: {0}")]
     Output(#[from] std::io::Error),
 }
+
+impl ToolError {
+    /// The error of a write to standard output, if it is one.
+    pub(super) fn output(&self) -> Option<&std::io::Error> {
+        if let ToolError::Output(error) = self { Some(error) } else { None }
+    }
+}

@@ -23,9 +23,9 @@ use control::snapshot::{Saved, verify};
 use memory::image::{MergeStats, merge, merge_in_place};
 use snapshot::{FORMAT_VERSION, Snapshot};
 
-use crate::crash_report;
 use crate::exit::ExitCode;
 use crate::personality::Personality;
+use crate::tool_end::end_of;
 use error::ToolError;
 use info::Info;
 use program::Program;
@@ -53,13 +53,13 @@ pub(crate) enum Tool {
 
 /// Runs a tool. Errors are on standard error.
 pub(crate) fn run(tool: &Tool) -> ExitCode {
-    end_of(perform(tool))
+    end_of(perform(tool), ToolError::output)
 }
 
 /// `--describe-snapshot`: prints the version of the file's format and, unless under Firecracker's
 /// name, its contents.
 pub(crate) fn describe(personality: Personality, state: &Path) -> ExitCode {
-    end_of(described(personality, state))
+    end_of(described(personality, state), ToolError::output)
 }
 
 /// `--snapshot-version`: the format that this version writes, which is the newest that it loads.
@@ -70,18 +70,6 @@ pub(crate) fn version_text() -> String {
 /// The version as text. Formats have one number; tools of Firecracker expect three.
 fn version(format: u32) -> String {
     format!("v{format}.0.0\n")
-}
-
-fn end_of(done: Result<(), ToolError>) -> ExitCode {
-    match done {
-        Ok(()) => ExitCode::Ok,
-        // The reader has closed the pipe, and needs no more.
-        Err(ToolError::Output(e)) if e.kind() == std::io::ErrorKind::BrokenPipe => ExitCode::Ok,
-        Err(error) => {
-            crash_report::to_stderr(format!("Error: {error}\n").as_bytes());
-            ExitCode::Generic
-        }
-    }
 }
 
 fn perform(tool: &Tool) -> Result<(), ToolError> {
